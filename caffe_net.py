@@ -1,10 +1,438 @@
-"""What Caffe is like: importing it, reading definitions, walking nets (in progress)."""
+"""What Caffe is like: nets, their layers, the walk over them, and feeding images.
+
+`WorkingNet` is a net that we measure on.  Two orders of visiting it share one cutting into
+segments: `walk` (layer by layer over all batches; section 3.1 needs the statistics of one layer
+before the next can run) and `run_batch` (a plain pass over one batch).
+
+    python -c "import caffe_net; print(caffe_net.choose_device(False, None))"
+"""
+import concurrent.futures
+import glob
 import os
-from typing import Any
+import tempfile
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import cv2
+import numpy as np
+
+from definitions import SOURCES, Input, build, import_caffe, outputs
+from guarded import ChildDied, in_child
+
+# Layers z = W x + b whose weights train; Scale with one bottom is one weight a channel.
+AFFINE = {"Convolution", "Deconvolution", "InnerProduct", "Embed", "Scale"}
+# Variance below this part of the layer's median variance counts as a constant channel.
+CONSTANT = 1e-10
 
 
-def import_caffe() -> Any:
-    """Return the caffe module, imported without glog's chatter."""
-    os.environ.setdefault("GLOG_minloglevel", "2")
-    import caffe
-    return caffe
+def choose_device(cpu: bool, gpu: Optional[int]) -> Optional[int]:
+    """Return the GPU to use, None for the CPU.
+
+    Without a wish, GPU 0 where a child process can use it.
+    Raises ValueError where a GPU that was asked for cannot be used.
+    """
+    if cpu:
+        return None
+    if gpu is None and not glob.glob("/dev/nvidia[0-9]*") and not os.path.exists("/dev/dxg"):
+        return None  # no NVIDIA driver: spare the probe's second
+    try:
+        in_child(_probe_gpu, gpu or 0)
+    except ChildDied as error:
+        if gpu is None:
+            return None
+        raise ValueError("GPU %d cannot be used: %s" % (gpu, error)) from error
+    return gpu or 0
+
+
+def use_device(gpu: Optional[int]) -> None:
+    """Make Caffe compute on the device that `choose_device` returned."""
+    caffe = import_caffe()
+    if gpu is None:
+        caffe.set_mode_cpu()
+    else:
+        caffe.set_mode_gpu()
+        caffe.set_device(gpu)
+
+
+def _probe_gpu(gpu: int) -> None:
+    use_device(gpu)
+
+
+# ---------------------------------------------------------------------------------------------
+# Nets and layers
+# ---------------------------------------------------------------------------------------------
+
+class Layer(NamedTuple):
+    """A layer of a net: `bottoms` and `tops` are names of blobs, with the copies that Caffe's
+    Split layers make called by their original's name."""
+    position: int
+    name: str
+    type: str
+    bottoms: List[str]
+    tops: List[str]
+    blobs: Any
+    parameters: Any
+
+    @property
+    def weights(self) -> np.ndarray:
+        return self.blobs[0].data
+
+    @property
+    def has_bias(self) -> bool:
+        return len(self.blobs) > 1
+
+
+class WorkingNet:
+    """A pycaffe net with the layer parameters of its definition and the blobs that we feed.
+
+    `layers` are all layers in order, `affine` those with weights of AFFINE type, `outputs` the
+    blobs on which the paper's random linear loss sits.
+    """
+
+    def __init__(self, definition: Any, image: Optional[Input]) -> None:
+        self.definition = definition
+        self.image = image
+        self.net = build(definition)
+        self.outputs = outputs(definition.layer)
+        self.layers = self._read_layers()
+        self.affine = [layer for layer in self.layers
+                       if layer.type in AFFINE and len(layer.blobs) and len(layer.bottoms)]
+        self.first_computed = min(layer.position for layer in self.layers
+                                  if layer.type not in SOURCES and layer.bottoms)
+
+    def _read_layers(self) -> List[Layer]:
+        parameters = {layer.name: layer for layer in self.definition.layer}
+        original: Dict[str, str] = {}
+        layers = []
+        for index, name in enumerate(self.net._layer_names):
+            caffe_layer = self.net.layers[index]
+            bottoms = [original.get(blob, blob) for blob in self.net.bottom_names[name]]
+            tops = list(self.net.top_names[name])
+            if caffe_layer.type == "Split":
+                original.update((top, bottoms[0]) for top in tops)
+                tops = []
+            layers.append(Layer(index, name, caffe_layer.type, bottoms, tops, caffe_layer.blobs,
+                                parameters.get(name)))
+        return layers
+
+    def blob(self, name: str) -> Any:
+        return self.net.blobs[name]
+
+    def shared_with(self, layer: Layer) -> Optional[str]:
+        """The first layer that holds the same weights (`param { name }`), None if `layer` does."""
+        weights = address(layer.blobs[0])
+        for other in self.affine:
+            if address(other.blobs[0]) == weights:
+                return None if other is layer else other.name
+        return None
+
+
+def address(blob: Any) -> int:
+    """Where a blob's data lies: equal for layers that share it."""
+    return blob.data.__array_interface__["data"][0]
+
+
+def affine_view(layer: Layer, array: np.ndarray, in_channels: int) -> np.ndarray:
+    """Return a writable view (groups, outputs / group, inputs / group, rest) of weights or diffs.
+
+    `in_channels` counts the channels of the layer's bottom; `rest` are the positions that one
+    pair of channels is joined by.  A Scale layer is as many groups of one as it has channels.
+    """
+    if layer.type == "Convolution":
+        groups = layer.parameters.convolution_param.group
+        return array.reshape(groups, array.shape[0] // groups, array.shape[1], -1)
+    if layer.type == "Deconvolution":
+        groups = layer.parameters.convolution_param.group
+        split = array.reshape(groups, array.shape[0] // groups, array.shape[1], -1)
+        return split.transpose(0, 2, 1, 3)
+    if layer.type == "InnerProduct":
+        if layer.parameters.inner_product_param.transpose:
+            return array.reshape(1, in_channels, -1, array.shape[-1]).transpose(0, 3, 1, 2)
+        return array.reshape(1, array.shape[0], in_channels, -1)
+    if layer.type == "Embed":
+        return array.reshape(1, 1, array.shape[0], array.shape[1]).transpose(0, 3, 1, 2)
+    return array.reshape(-1, 1, 1, 1)
+
+
+def channels(shape: Sequence[int]) -> int:
+    """How many channels a blob of this shape has; a blob without a channel axis has one."""
+    return shape[1] if len(shape) > 1 else 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Visiting the layers
+# ---------------------------------------------------------------------------------------------
+
+class Segment(NamedTuple):
+    """Layers first..last that run in one go: one layer to stop at, or all up to the next such.
+
+    `reads` are blobs that earlier segments made, `keeps` those that later ones need and
+    `forgets` those that none after this one does.
+    """
+    first: int
+    last: int
+    stop: Optional[Layer]
+    reads: List[str]
+    keeps: List[str]
+    forgets: List[str]
+
+
+def segments(working: WorkingNet, stop_types: Sequence[str]) -> List[Segment]:
+    """Cut a net at every layer of `stop_types` that has parameters of its own."""
+    runs: List[List[Layer]] = []
+    for layer in working.layers:
+        stops = layer.type in stop_types and len(layer.blobs) > 0
+        if stops or not runs or _stops(runs[-1][0], stop_types):
+            runs.append([])
+        if layer.type == "Input":
+            continue
+        runs[-1].append(layer)
+    runs = [run for run in runs if run]
+    reads = []
+    for run in runs:
+        made: List[str] = []
+        needed = []
+        for layer in run:
+            needed += [blob for blob in layer.bottoms if blob not in made]
+            made += layer.tops
+        reads.append(list(dict.fromkeys(needed)))
+    cut = []
+    for number, run in enumerate(runs):
+        later = {blob for read in reads[number + 1:] for blob in read}
+        made = list(dict.fromkeys(top for layer in run for top in layer.tops))
+        cut.append(Segment(run[0].position, run[-1].position,
+                           run[0] if _stops(run[0], stop_types) else None, reads[number],
+                           [blob for blob in made if blob in later],
+                           [blob for blob in reads[number] if blob not in later]))
+    return cut
+
+
+def _stops(layer: Layer, stop_types: Sequence[str]) -> bool:
+    return layer.type in stop_types and len(layer.blobs) > 0
+
+
+class Statistics:
+    """Mean and variance per channel over images and positions, gathered batch by batch.
+
+    Sums are taken around each image's own mean and joined in float64 (Chan, Golub & LeVeque), so
+    that a mean far from 0 costs no digits.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0.0
+        self.mean: np.ndarray = np.zeros(1)
+        self.squares: np.ndarray = np.zeros(1)
+
+    def add(self, blob: np.ndarray) -> None:
+        """Add a blob (n, channels, ...)."""
+        rows = blob.reshape(len(blob), channels(blob.shape), -1)
+        if rows.shape[2] == 1:
+            rows = np.ascontiguousarray(rows.transpose(2, 1, 0))
+        means = rows.mean(axis=2)
+        squares = np.zeros(rows.shape[1])
+        centred = np.empty_like(rows[0])
+        for row, mean in zip(rows, means):
+            np.subtract(row, mean[:, None], out=centred)
+            squares += np.einsum("cp,cp->c", centred, centred)
+        means = means.astype(np.float64)
+        mean = means.mean(axis=0)
+        squares += rows.shape[2] * ((means - mean) ** 2).sum(axis=0)
+        self._join(float(rows.shape[0] * rows.shape[2]), mean, squares)
+
+    def _join(self, count: float, mean: np.ndarray, squares: np.ndarray) -> None:
+        total = self.count + count
+        step = mean - self.mean
+        self.squares = self.squares + squares + step ** 2 * (self.count * count / total)
+        self.mean = self.mean + step * (count / total)
+        self.count = total
+
+    @property
+    def variance(self) -> np.ndarray:
+        return self.squares / self.count
+
+
+class BlobStore:
+    """Blobs of all batches outside the net: in memory up to a limit, then in a temporary file.
+
+    A blob may carry a change z -> z * factor + shift per channel that is made when it is loaded.
+    """
+
+    def __init__(self, limit_bytes: float) -> None:
+        self.limit_bytes = limit_bytes
+        self.bytes = 0
+        self.spooled_bytes = 0
+        self._held: Dict[Tuple[str, int], np.ndarray] = {}
+        self._spooled: Dict[Tuple[str, int], Tuple[int, Tuple[int, ...]]] = {}
+        self._free: Dict[int, List[int]] = {}
+        self._change: Dict[str, Tuple[np.ndarray, np.ndarray]] = {}
+        self._file: Any = None
+
+    def put(self, name: str, batch: int, blob: np.ndarray) -> None:
+        """Keep a copy of `blob`; what was kept under this name and batch is replaced."""
+        key = (name, batch)
+        held = self._held.get(key)
+        if held is not None and held.shape == blob.shape and held.dtype == blob.dtype:
+            held[...] = blob
+            return
+        self.drop(name, batch)
+        if self.bytes + blob.nbytes <= self.limit_bytes:
+            self._held[key] = np.array(blob)
+            self.bytes += blob.nbytes
+        else:
+            self._spool(key, np.ascontiguousarray(blob, np.float32))
+
+    def change(self, name: str, factor: np.ndarray, shift: np.ndarray) -> None:
+        """Make every batch of `name` load as z * factor + shift, per channel."""
+        self._change[name] = (np.asarray(factor, np.float32), np.asarray(shift, np.float32))
+
+    def settle(self, name: str) -> None:
+        """Forget the change of `name`: what is put from now on holds already."""
+        self._change.pop(name, None)
+
+    def load(self, name: str, batch: int, into: np.ndarray) -> np.ndarray:
+        """Write what is kept into `into`, with the blob's change, and return it."""
+        key = (name, batch)
+        if key in self._held:
+            source = self._held[key]
+        else:
+            offset, shape = self._spooled[key]
+            self._file.seek(offset)
+            source = into.reshape(shape)
+            if self._file.readinto(memoryview(source.data).cast("B")) != source.nbytes:
+                raise OSError("the temporary file of blobs was cut short")
+        change = self._change.get(name)
+        if change is None:
+            if source is not into:
+                into.reshape(source.shape)[...] = source
+            return into
+        broadcast = (-1,) + (1,) * (into.ndim - 2)
+        np.multiply(source, change[0].reshape(broadcast), out=into)
+        into += change[1].reshape(broadcast)
+        return into
+
+    def drop(self, name: str, batch: int) -> None:
+        """Forget a batch of a blob."""
+        held = self._held.pop((name, batch), None)
+        if held is not None:
+            self.bytes -= held.nbytes
+        spooled = self._spooled.pop((name, batch), None)
+        if spooled is not None:
+            size = 4 * int(np.prod(spooled[1]))
+            self._free.setdefault(size, []).append(spooled[0])
+
+    def _spool(self, key: Tuple[str, int], blob: np.ndarray) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="magic_init.")
+        places = self._free.get(blob.nbytes)
+        offset = places.pop() if places else self._file.seek(0, os.SEEK_END)
+        self._file.seek(offset)
+        self._file.write(memoryview(blob.data).cast("B"))
+        self.spooled_bytes = max(self.spooled_bytes, offset + blob.nbytes)
+        self._spooled[key] = (offset, blob.shape)
+
+
+class Stop(NamedTuple):
+    """What `walk` yields: a layer before it runs (`statistics` is None), and after it has."""
+    layer: Layer
+    statistics: Optional[Statistics]
+
+
+def walk(working: WorkingNet, store: BlobStore, batches: int, stop_types: Sequence[str],
+         feed: Callable[[int], None]) -> Iterator[Stop]:
+    """Run a net layer by layer, each over all batches, stopping at every layer of `stop_types`.
+
+    Before such a layer runs, its parameters can be set from the bottoms in `store`; after it has,
+    its tops can be given a change there (`BlobStore.change`) before any later layer reads them.
+    `feed(batch)` puts a batch into the net's Input blobs.  A blob is kept from the layer that
+    makes it to its last reader, batch by batch.  When the walk ends the net holds the last batch
+    as a plain forward pass with the final parameters would have left it.
+    """
+    net = working.net
+    inputs = [top for layer in working.layers if layer.type == "Input" for top in layer.tops]
+    for segment in segments(working, stop_types):
+        if segment.stop is not None:
+            yield Stop(segment.stop, None)
+        statistics = Statistics()
+        for batch in range(batches):
+            if any(blob in inputs for blob in segment.reads):
+                feed(batch)
+            for blob in segment.reads:
+                if blob not in inputs:
+                    store.load(blob, batch, net.blobs[blob].data)
+                if blob in segment.forgets:
+                    store.drop(blob, batch)
+            net._forward(segment.first, segment.last)
+            if segment.stop is not None:
+                for top in segment.stop.tops:
+                    statistics.add(net.blobs[top].data)
+            for blob in segment.keeps:
+                store.put(blob, batch, net.blobs[blob].data)
+        for blob in segment.keeps:
+            store.settle(blob)
+        if segment.stop is not None:
+            yield Stop(segment.stop, statistics)
+
+
+def run_batch(working: WorkingNet, cut: Sequence[Segment],
+              visit: Callable[[Layer], None]) -> None:
+    """Run one batch forward from what the net's inputs hold, calling `visit` behind every stop."""
+    for segment in cut:
+        working.net._forward(segment.first, segment.last)
+        if segment.stop is not None:
+            visit(segment.stop)
+
+
+# ---------------------------------------------------------------------------------------------
+# Feeding images
+# ---------------------------------------------------------------------------------------------
+
+def find_images(pattern: str) -> List[str]:
+    """Return the files that a glob pattern (or a folder's name) stands for, sorted.
+
+    Raises ValueError naming the pattern where there are none.
+    """
+    if os.path.isdir(pattern):
+        pattern = os.path.join(pattern, "*")
+    found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    if not found:
+        raise ValueError("%s: no images there" % pattern)
+    return found
+
+
+def read_image(path: str, height: int, width: int, grey: bool = False) -> np.ndarray:
+    """Return an image as uint8 (channels, height, width), BGR or one grey channel.
+
+    Raises ValueError naming the file where OpenCV cannot decode it.
+    """
+    image = cv2.imread(path, cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
+    if image is None:
+        raise ValueError("%s: not an image that OpenCV can read" % path)
+    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    return image[None] if grey else np.ascontiguousarray(image.transpose(2, 0, 1))
+
+
+class ImageFeed:
+    """Images of fixed batches, decoded by threads ahead of their use, kept as bytes.
+
+    A batch (n, channels, height, width) is (image - mean) * scale in float32; the mean is given
+    in BGR and becomes its grey value for nets with one channel.
+    """
+
+    def __init__(self, paths: Sequence[str], shape: Sequence[int], mean: Sequence[float],
+                 scale: float) -> None:
+        self.size, self.channels, self.height, self.width = shape
+        self.batches = len(paths) // self.size
+        grey = self.channels == 1
+        if grey:
+            mean = [float(np.dot(mean, (0.114, 0.587, 0.299)))]
+        self._mean = np.asarray(mean, np.float32).reshape(-1, 1, 1)
+        self._scale = np.float32(scale)
+        self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        self._images = [self._pool.submit(read_image, path, self.height, self.width, grey)
+                        for path in paths[:self.batches * self.size]]
+
+    def load(self, batch: int, into: np.ndarray) -> None:
+        """Write a batch into a blob's data."""
+        for row, image in zip(into, self._images[batch * self.size:(batch + 1) * self.size]):
+            np.subtract(image.result(), self._mean, out=row)
+        if self._scale != 1:
+            into *= self._scale

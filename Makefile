@@ -1,0 +1,34 @@
+# make demo: initialise CaffeNet from photographs; make test: all tests.  Everything is
+# installed into .venv and written below build/.
+
+# Caffe's CPU wheel needs CPython 3.9 or 3.8; the shims that pyenv puts on PATH may not run.
+WORKING = import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 9), (3, 8)))
+CANDIDATES = python3.9 python3.8 python3 $(wildcard $(HOME)/.pyenv/versions/3.9*/bin/python \
+  $(HOME)/.pyenv/versions/3.8*/bin/python $(HOME)/*conda*/envs/*/bin/python $(HOME)/*conda*/bin/python)
+PYTHON ?= $(shell for python in $(CANDIDATES); do \
+  $$python -c "$(WORKING)" 2>/dev/null && echo $$python && break; done)
+
+EXTRAS ?= cpu,dev
+RUN = .venv/bin/python
+
+.PHONY: venv test lint demo bench clean
+
+venv: .venv/installed
+
+.venv/installed: setup.py Makefile
+	@if [ -n "$(PYTHON)" ]; then "$(PYTHON)" -m venv --clear .venv; \
+	elif command -v uv >/dev/null; then uv venv --seed --clear --python 3.9 .venv; \
+	else echo "magic_init: error: install CPython 3.9 or 3.8 (pyenv, conda or your system's" \
+	  "packages) or uv, or name one: make PYTHON=/path/to/python3.9" >&2; exit 2; fi
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@touch $@
+
+test: venv
+	$(RUN) -m pytest -q tests
+
+lint: venv
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf build .venv *.egg-info

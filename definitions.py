@@ -1,0 +1,365 @@
+"""Net definitions: reading every dialect of prototxt, and the definition that we measure on.
+
+Caffe itself upgrades old dialects and applies phase rules while it builds a net, and shows neither
+to Python.  Here both are done on the protobuf message, so that a definition can be edited, checked
+before Caffe may abort on it, and written back in today's dialect.
+
+    python -c "import definitions as d; print(d.read_definition('models/caffenet/deploy.prototxt'))"
+"""
+import os
+import tempfile
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
+
+from google.protobuf import text_format
+from google.protobuf.message import DecodeError
+
+from guarded import replacing
+
+# Layers that feed a net; Input is fed by us, the others feed themselves.
+SOURCES = {"Input", "Data", "ImageData", "HDF5Data", "MemoryData", "DummyData", "WindowData"}
+# Layers that only turn an output into a score: cut off, as everything called ...Loss is.
+SCORES = {"Accuracy", "LabelsequenceAccuracy", "Silence", "HDF5Output"}
+# Cut off where nothing reads them: the paper's random loss sits on what they are given.
+LAST_ONLY = {"Softmax", "ArgMax"}
+# V1 types whose names today are not the same letters in CamelCase.
+V1_TYPE_NAMES = {"HDF5_DATA": "HDF5Data", "HDF5_OUTPUT": "HDF5Output", "LRN": "LRN", "MVN": "MVN",
+                 "RELU": "ReLU", "TANH": "TanH", "BNLL": "BNLL", "ABSVAL": "AbsVal",
+                 "ARGMAX": "ArgMax", "SOFTMAX_LOSS": "SoftmaxWithLoss", "IM2COL": "Im2col"}
+
+
+class Input(NamedTuple):
+    """What a net wants to be fed: the blob's name and its shape (n, channels, height, width)."""
+    blob: str
+    shape: Tuple[int, ...]
+
+
+def import_caffe() -> Any:
+    """Return the caffe module, imported without glog's chatter.
+
+    The only import that is not at the top of a file: glog reads its level when Caffe is loaded,
+    loading takes half a second, and a command's parent process must not load Caffe at all.
+    """
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    import caffe
+    return caffe
+
+
+def caffe_messages() -> Any:
+    """Return the module of Caffe's protobuf messages."""
+    return import_caffe().proto.caffe_pb2
+
+
+def read_definition(path: str) -> Any:
+    """Return the NetParameter in the prototxt at `path`, in today's dialect.
+
+    Legacy `input:` fields become Input layers and V1 `layers` become `layer`.
+    Raises ValueError naming the file and line where it cannot be read or parsed.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError("%s: cannot read the definition (%s)" % (path, error)) from error
+    definition = caffe_messages().NetParameter()
+    try:
+        text_format.Merge(text, definition)
+    except text_format.ParseError as error:
+        raise ValueError("%s: not a net definition: line %s" % (path, error)) from error
+    upgraded = upgrade(definition)
+    if not upgraded.layer:
+        raise ValueError("%s: the definition has no layers" % path)
+    return upgraded
+
+
+def write_definition(definition: Any, path: str, comment: str = "") -> None:
+    """Write `definition` as prototxt, whole or not at all, below the lines of `comment`."""
+    heading = "".join("# %s\n" % line for line in comment.splitlines())
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(heading + text_format.MessageToString(definition))
+
+
+def read_weights(path: str) -> Dict[str, List[Tuple[int, ...]]]:
+    """Return the shapes of all blobs in a caffemodel, by layer name, as far as a layer has any.
+
+    Raises ValueError naming the file where it is missing, cut short or no caffemodel.
+    """
+    weights = caffe_messages().NetParameter()
+    try:
+        with open(path, "rb") as file:
+            weights.ParseFromString(file.read())
+    except OSError as error:
+        raise ValueError("%s: cannot read the weights (%s)" % (path, error.strerror)) from error
+    except DecodeError as error:
+        raise ValueError("%s: cut short or not a caffemodel" % path) from error
+    layers = list(weights.layer) + list(weights.layers)
+    if not layers:
+        raise ValueError("%s: not a caffemodel (no layers in it)" % path)
+    return {layer.name: [_blob_shape(blob, path, layer.name) for blob in layer.blobs]
+            for layer in layers if layer.blobs}
+
+
+def upgrade(definition: Any) -> Any:
+    """Return a copy of `definition` without V1 layers and legacy inputs (Caffe's own upgrade)."""
+    if definition.layer and definition.layers:
+        raise ValueError("the definition mixes `layer` and the old `layers`: use one of them")
+    messages = caffe_messages()
+    upgraded = messages.NetParameter()
+    upgraded.CopyFrom(definition)
+    for field in ("input", "input_shape", "input_dim", "layers", "layer"):
+        upgraded.ClearField(field)
+    for number, name in enumerate(definition.input):
+        layer = upgraded.layer.add(name=name, type="Input", top=[name])
+        shape = layer.input_param.shape.add()
+        if definition.input_shape:
+            shape.CopyFrom(definition.input_shape[number])
+        else:
+            shape.dim.extend(definition.input_dim[4 * number:4 * number + 4])
+    upgraded.layer.extend(definition.layer)
+    upgraded.layer.extend(_upgraded_layer(old) for old in definition.layers)
+    for layer in upgraded.layer:
+        _move_transform(layer)
+        if layer.type == "BatchNorm":  # Caffe ignores the lr_mult that old definitions give
+            for parameter in layer.param:
+                parameter.ClearField("lr_mult")
+    return upgraded
+
+
+def working_definition(definition: Any, batch_size: Optional[int]) -> Tuple[Any, Optional[Input]]:
+    """Return the net to measure on, and the image input where we feed it.
+
+    It holds the layers of the TRAIN phase without losses, accuracies and last softmaxes; every
+    output carries loss weight 1, which makes Caffe propagate the gradient that we put there; every
+    parameter learns (lr_mult 1), because gradients of fixed layers count too.  With `batch_size`,
+    images are fed through an Input layer in place of the net's own data layers; without, the net
+    feeds itself and the second value is None.
+    Raises ValueError where no or more than one image input would have to be fed.
+    """
+    phase = caffe_messages().TRAIN
+    layers = [layer for layer in definition.layer if _included(layer, phase)]
+    if not any(is_source(layer) for layer in layers):
+        layers = [layer for layer in definition.layer
+                  if _included(layer, phase) or is_source(layer)]
+    working = caffe_messages().NetParameter(name=definition.name)
+    image = None
+    if batch_size is not None:
+        image, sources = _image_input(layers, batch_size)
+        layer = working.layer.add(name=image.blob, type="Input", top=[image.blob])
+        layer.input_param.shape.add(dim=image.shape)
+        layers = [layer for layer in layers if layer not in sources]
+    elif any(layer.type == "Input" for layer in layers):
+        raise ValueError("the definition has no data layer of its own: give images with --data")
+    working.layer.extend(_without_scores(layers, {image.blob} if image else set()))
+    for layer in working.layer:
+        _plain(layer)
+    for name in outputs(working.layer):
+        writer = [layer for layer in working.layer if name in layer.top][-1]
+        writer.loss_weight[:] = [float(top == name) for top in writer.top]
+    return working, image
+
+
+def outputs(layers: Iterable[Any]) -> List[str]:
+    """Return the blobs that layers compute from other blobs and nothing reads, in order."""
+    read: Set[str] = set()
+    for layer in reversed(list(layers)):
+        read.update(set(layer.bottom) - set(layer.top))
+    computed = [top for layer in layers if not is_source(layer) and layer.bottom
+                for top in layer.top]
+    return [top for top in dict.fromkeys(computed) if top not in read]
+
+
+def is_source(layer: Any) -> bool:
+    """Whether a layer feeds data into the net."""
+    return layer.type in SOURCES or (layer.type == "Python" and not layer.bottom)
+
+
+def check_types(definition: Any) -> None:
+    """Raise ValueError naming the first layer whose type this Caffe does not have."""
+    known = set(import_caffe().layer_type_list())
+    for layer in definition.layer:
+        if layer.type not in known:
+            raise ValueError("layer '%s': this Caffe has no layer type '%s'"
+                             % (layer.name, layer.type))
+    made: Set[str] = set()
+    for layer in definition.layer:
+        missing = [bottom for bottom in layer.bottom if bottom not in made]
+        if missing:
+            raise ValueError("layer '%s': no layer before it makes its bottom '%s'"
+                             % (layer.name, missing[0]))
+        made.update(layer.top)
+
+
+def _image_input(layers: List[Any], batch_size: int) -> Tuple[Input, List[Any]]:
+    """The one blob to feed images to, and the source layers that it replaces."""
+    sources = [layer for layer in layers if is_source(layer)]
+    candidates = []
+    for layer in sources:
+        shape = _source_shape(layer)
+        if len(shape) == 4 and shape[1] in (1, 3):
+            candidates.append(Input(layer.top[0], (batch_size,) + tuple(shape[1:])))
+    extra = [layer.top[0] for layer in sources if layer.type == "Input" and len(layer.top)
+             and layer.top[0] not in [found.blob for found in candidates]
+             and _read_by_kept_layers(layer.top[0], layers)]
+    if len(candidates) != 1 or extra:
+        names = [found.blob for found in candidates] + extra
+        raise ValueError("images need exactly one input blob with 1 or 3 channels, this net has %s"
+                         % (", ".join("'%s'" % name for name in names) or "none"))
+    return candidates[0], sources
+
+
+def _read_by_kept_layers(blob: str, layers: List[Any]) -> bool:
+    return any(blob in layer.bottom and not _is_score(layer) for layer in layers)
+
+
+def _source_shape(layer: Any) -> List[int]:
+    """Shape of a source layer's first top; of a database only if no crop size tells it."""
+    if layer.type == "Input":
+        return list(layer.input_param.shape[0].dim)
+    if layer.type == "DummyData":
+        parameters = layer.dummy_data_param
+        if parameters.shape:
+            return list(parameters.shape[0].dim)
+        return [field[0] for field in (parameters.num, parameters.channels, parameters.height,
+                                       parameters.width)]
+    if layer.type == "MemoryData":
+        parameters = layer.memory_data_param
+        return [parameters.batch_size, parameters.channels, parameters.height, parameters.width]
+    crop = layer.transform_param.crop_size
+    grey = len(layer.transform_param.mean_value) == 1 or (
+        layer.type == "ImageData" and not layer.image_data_param.is_color)
+    if crop:
+        return [1, 1 if grey else 3, crop, crop]
+    if layer.type == "ImageData" and layer.image_data_param.new_height:
+        return [1, 1 if grey else 3, layer.image_data_param.new_height,
+                layer.image_data_param.new_width]
+    return _built_shape(layer)
+
+
+def _built_shape(layer: Any) -> List[int]:
+    """Shape that Caffe gives a data layer whose definition does not tell it."""
+    lone = caffe_messages().NetParameter()
+    lone.layer.add().CopyFrom(layer)
+    _plain(lone.layer[0])
+    net = build(lone)
+    return list(net.blobs[layer.top[0]].shape)
+
+
+def build(definition: Any) -> Any:
+    """Return a caffe.Net of `definition` in the TEST phase (dropout off, stored statistics on).
+
+    Raises ValueError for what can be checked first; Caffe aborts on the rest.
+    """
+    check_types(definition)
+    caffe = import_caffe()
+    with tempfile.NamedTemporaryFile("w", suffix=".prototxt") as file:
+        file.write(text_format.MessageToString(definition))
+        file.flush()
+        return caffe.Net(file.name, caffe.TEST)
+
+
+def _included(layer: Any, phase: int) -> bool:
+    """Caffe's rule: no exclude matches, and one include matches where there is any."""
+    if layer.HasField("phase") and layer.phase != phase:
+        return False
+    if layer.include:
+        return any(_matches(rule, phase) for rule in layer.include)
+    return not any(_matches(rule, phase) for rule in layer.exclude)
+
+
+def _matches(rule: Any, phase: int) -> bool:
+    """Whether a rule holds in `phase` at level 0 without stages, as pycaffe builds nets."""
+    return ((not rule.HasField("phase") or rule.phase == phase)
+            and (not rule.HasField("min_level") or rule.min_level <= 0)
+            and (not rule.HasField("max_level") or rule.max_level >= 0)
+            and not rule.stage)
+
+
+def _without_scores(layers: List[Any], fed: Set[str]) -> List[Any]:
+    """The layers that are neither scores nor need a blob that only cut layers made."""
+    kept: List[Any] = []
+    made = set(fed)
+    for layer in layers:
+        if not _is_score(layer) and all(bottom in made for bottom in layer.bottom):
+            kept.append(layer)
+            made.update(layer.top)
+    while True:
+        ends = set(outputs(kept))
+        last = [layer for layer in kept if layer.type in LAST_ONLY and set(layer.top) <= ends]
+        if not last:
+            return kept
+        kept = [layer for layer in kept if layer not in last]
+
+
+def _is_score(layer: Any) -> bool:
+    return (layer.type.endswith("Loss") or layer.type in SCORES
+            or (layer.type == "Python" and any(layer.loss_weight)))
+
+
+def _plain(layer: Any) -> None:
+    """Drop what only matters in training: phases, rates, loss weights; random fillers are slow."""
+    for field in ("include", "exclude", "phase", "loss_weight", "propagate_down"):
+        layer.ClearField(field)
+    for parameter in layer.param:
+        parameter.ClearField("lr_mult")
+    for field in ("convolution_param", "inner_product_param", "embed_param"):
+        if layer.HasField(field):
+            getattr(layer, field).ClearField("weight_filler")
+
+
+def _upgraded_layer(old: Any) -> Any:
+    """A V1 layer in today's message; fields of the same name mean the same."""
+    messages = caffe_messages()
+    layer = messages.LayerParameter(name=old.name, bottom=old.bottom, top=old.top,
+                                    type=_type_name(old))
+    for field, value in old.ListFields():
+        new = messages.LayerParameter.DESCRIPTOR.fields_by_name.get(field.name)
+        if new is None or field.name in ("name", "type", "bottom", "top", "param"):
+            continue
+        if field.label == field.LABEL_REPEATED:
+            getattr(layer, field.name).extend(value)
+        elif field.message_type:
+            getattr(layer, field.name).CopyFrom(value)
+        else:
+            setattr(layer, field.name, value)
+    for number in range(max(len(old.param), len(old.blobs_lr), len(old.weight_decay))):
+        parameter = layer.param.add()
+        if number < len(old.param):
+            parameter.name = old.param[number]
+        if number < len(old.blobs_lr):
+            parameter.lr_mult = old.blobs_lr[number]
+        if number < len(old.weight_decay):
+            parameter.decay_mult = old.weight_decay[number]
+        if number < len(old.blob_share_mode):
+            parameter.share_mode = old.blob_share_mode[number]
+    return layer
+
+
+def _type_name(old: Any) -> str:
+    name = old.DESCRIPTOR.fields_by_name["type"].enum_type.values_by_number[old.type].name
+    if name == "NONE" or not old.HasField("type"):
+        raise ValueError("layer '%s': the old definition gives it no type" % old.name)
+    return V1_TYPE_NAMES.get(name, "".join(word.capitalize() for word in name.split("_")))
+
+
+def _move_transform(layer: Any) -> None:
+    """Old data layers keep scale, mean, crop and mirror in their own message."""
+    for field in ("data_param", "image_data_param", "window_data_param"):
+        if not layer.HasField(field):
+            continue
+        parameters = getattr(layer, field)
+        for name in ("scale", "mean_file", "crop_size", "mirror"):
+            if parameters.HasField(name):
+                setattr(layer.transform_param, name, getattr(parameters, name))
+                parameters.ClearField(name)
+
+
+def _blob_shape(blob: Any, path: str, layer: str) -> Tuple[int, ...]:
+    legacy = any(blob.HasField(name) for name in ("num", "channels", "height", "width"))
+    shape = tuple(blob.shape.dim) if not legacy else (blob.num, blob.channels, blob.height,
+                                                      blob.width)
+    size = 1
+    for length in shape:
+        size *= length
+    if size != len(blob.data) + len(blob.double_data):
+        raise ValueError("%s: layer '%s': %d numbers do not fill the shape %s"
+                         % (path, layer, len(blob.data) + len(blob.double_data), list(shape)))
+    return shape

@@ -1,0 +1,86 @@
+"""One result format: JSON with what is needed to repeat it, CSV tables, trials and their error.
+
+    python -c "import results; print(results.mean_and_error([50.8, 51.6, 49.4]))"
+"""
+import csv
+import importlib
+import json
+import math
+import platform
+import sys
+from typing import Any, Dict, Iterable, Optional, Sequence, Tuple
+
+import guarded
+
+VERSION = "0.1.0"
+
+
+def provenance(seed: Optional[int], argv: Optional[Sequence[str]] = None) -> Dict[str, Any]:
+    """Return the command, seed and versions that a result came from.
+
+    `argv` is the command line without the program's name, None for the process's own.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    versions = {"magic_init": VERSION, "python": platform.python_version()}
+    for module in ("numpy", "scipy", "cv2", "caffe"):
+        loaded = sys.modules.get(module) or importlib.import_module(module)
+        versions[module] = str(getattr(loaded, "__version__", "unknown"))
+    return {"command": [sys.argv[0], *arguments], "seed": seed, "versions": versions}
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write `value` as JSON, whole or not at all; numbers that are not finite become null."""
+    with guarded.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(_plain(value), file, indent=2, allow_nan=False)
+        file.write("\n")
+
+
+def read_json(path: str) -> Any:
+    """Return the value in a JSON file.
+
+    Raises ValueError naming the file where it is missing or no JSON.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise ValueError("%s: cannot read it (%s)" % (path, error.strerror)) from error
+    except ValueError as error:
+        raise ValueError("%s: not JSON: %s" % (path, error)) from error
+
+
+def write_csv(path: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table with a line of column names, whole or not at all; None is an empty cell."""
+    with guarded.replacing(path) as temporary, \
+            open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def mean_and_error(trials: Sequence[float]) -> Tuple[float, Optional[float]]:
+    """Return the mean of trials and its standard error s / sqrt(n), None for a single trial.
+
+    Raises ValueError where there is no trial.
+    """
+    count = len(trials)
+    if not count:
+        raise ValueError("no trials to average")
+    mean = math.fsum(trials) / count
+    if count == 1:
+        return mean, None
+    variance = math.fsum((trial - mean) ** 2 for trial in trials) / (count - 1)
+    return mean, math.sqrt(variance / count)
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON can hold: numpy numbers and arrays as Python's, no NaN or infinity."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,194 @@
+"""Weights from data (paper, section 3.3): random, PCA, ZCA, patches and k-means.
+
+Every scheme takes patches (n, d) of a layer's input, d = channels x kernel height x kernel width,
+and returns filters (m, d).  Sections 3.1 and 3.2 give them their scale.
+
+    python -c "import numpy, weights; print(weights.gaussian((2, 3), numpy.random.default_rng(0)))"
+"""
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable, Dict, Sequence, Tuple
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse
+from threadpoolctl import threadpool_limits
+
+# Random numbers are drawn in parts of this size, so that threads share the work and the result
+# does not depend on how many there are.
+PART = 1 << 21
+# Of the mean eigenvalue, added to all before whitening; Coates & Ng use 0.01 to 0.1.
+REGULARISER = 0.1
+# Of the mean patch variance, added before contrast normalisation; Coates & Ng add 10 to the
+# variance of pixels in 0..255.
+CONTRAST = 0.01
+KMEANS_ITERATIONS = 10
+# Patches drawn per number in a patch: enough for a covariance that is regularised anyway.
+PATCHES_PER_DIMENSION = 2
+
+
+def gaussian(shape: Sequence[int], rng: np.random.Generator, std: float = 1.0) -> np.ndarray:
+    """Return float32 weights W ~ N(0, std^2) of any shape (Algorithm 1, first line)."""
+    weights = np.empty(shape, np.float32)
+    flat = weights.reshape(-1)
+    parts = [flat[start:start + PART] for start in range(0, flat.size, PART)]
+    seeds = rng.integers(0, 2 ** 63, size=len(parts))
+
+    def draw(part: np.ndarray, seed: int) -> None:
+        np.random.Generator(np.random.SFC64(seed)).standard_normal(out=part, dtype=np.float32)
+        if std != 1:
+            part *= np.float32(std)
+    if len(parts) == 1:
+        draw(parts[0], seeds[0])
+    else:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(draw, parts, seeds))
+    return weights
+
+
+def sample_patches(blob: np.ndarray, count: int, rng: np.random.Generator,
+                   kernel: Tuple[int, int], stride: Tuple[int, int] = (1, 1),
+                   pad: Tuple[int, int] = (0, 0),
+                   dilation: Tuple[int, int] = (1, 1)) -> np.ndarray:
+    """Return `count` patches (count, channels, kernel height, kernel width) of a blob.
+
+    They are what a convolution with this geometry (height, width) multiplies its weights with at
+    random positions of random images of `blob` (n, channels, height, width), zeros outside
+    included.  Raises ValueError where the kernel does not fit into the padded blob.
+    """
+    images, depth, height, width = blob.shape
+    reach = [dilation[axis] * (kernel[axis] - 1) + 1 for axis in (0, 1)]
+    places = [(size + 2 * pad[axis] - reach[axis]) // stride[axis] + 1
+              for axis, size in enumerate((height, width))]
+    if min(places) < 1:
+        raise ValueError("a kernel of %s does not fit into %d x %d with pad %s"
+                         % (kernel, height, width, pad))
+    patches = np.zeros((count, depth) + tuple(kernel), np.float32)
+    chosen = np.sort(rng.integers(0, images, count))
+    tops = rng.integers(0, places[0], count) * stride[0] - pad[0]
+    lefts = rng.integers(0, places[1], count) * stride[1] - pad[1]
+    for patch, image, top, left in zip(patches, chosen, tops, lefts):
+        rows = _inside(top, kernel[0], dilation[0], height)
+        columns = _inside(left, kernel[1], dilation[1], width)
+        patch[:, rows, columns] = blob[
+            image, :, top + rows.start * dilation[0]:top + (rows.stop - 1) * dilation[0] + 1:
+            dilation[0], left + columns.start * dilation[1]:
+            left + (columns.stop - 1) * dilation[1] + 1:dilation[1]]
+    return patches
+
+
+def _inside(start: int, kernel: int, dilation: int, size: int) -> slice:
+    """The part of a kernel's taps that lies on 0..size-1 when the first lies on `start`."""
+    first = max(0, -(start // dilation))
+    last = min(kernel - 1, (size - 1 - start) // dilation)
+    return slice(first, max(first, last + 1)) if last >= first else slice(first, first + 0)
+
+
+def pca(patches: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return (count, d) filters v_i / sqrt(lambda_i): the first principal components, white.
+
+    Where `count` exceeds the rank of the patches, the others are random directions of the white
+    space: also of unit variance, but no longer uncorrelated.
+    """
+    values, vectors = _spectrum(patches)
+    white = (vectors / np.sqrt(values)).T
+    return _with_random_directions(white[:count], white, count, rng)
+
+
+def zca(patches: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return (count, d) rows of the symmetric whitening matrix V diag(lambda^-1/2) V^T.
+
+    Each is centred on one number of the patch, chosen at random; more rows than the patch has
+    numbers are random directions of the white space.
+    """
+    values, vectors = _spectrum(patches)
+    rows = rng.permutation(len(vectors))[:count]
+    white = (vectors / np.sqrt(values)).T
+    return _with_random_directions(vectors[rows] @ white, white, count, rng)
+
+
+def random_patches(patches: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return (count, d) filters that are whitened patches chosen at random."""
+    white, factor = whitened(patches)
+    chosen = white[rng.choice(len(white), count, replace=len(white) < count)]
+    return _filters(_unit_rows(chosen), factor)
+
+
+def kmeans(patches: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return (count, d) filters that are centroids of spherical k-means on whitened patches.
+
+    After Coates & Ng, 'Learning feature representations with k-means' (2012): contrast-normalised
+    and whitened patches x, unit centroids D, s = D x for the best centroid and else 0, and
+    D <- X S^T + D, normalised again.
+    """
+    white, factor = whitened(patches)
+    return _filters(spherical_kmeans(white, count, rng), factor)
+
+
+SCHEMES: Dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] = {
+    "pca": pca, "zca": zca, "kmeans": kmeans, "rand": random_patches}
+
+
+def whitened(patches: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Return contrast-normalised white patches x L^-T and the Cholesky factor L.
+
+    L L^T is the regularised covariance.  Any other whitening (ZCA, PCA) is a rotation of this one,
+    under which spherical k-means and the filters it gives do not change, and costs far more.
+    """
+    means = patches.mean(axis=1, keepdims=True)
+    normal = patches - means
+    variances = np.einsum("nd,nd->n", normal, normal) / patches.shape[1]
+    normal /= np.sqrt(variances + CONTRAST * variances.mean())[:, None]
+    normal -= normal.mean(axis=0)
+    # BLAS counts columns first: given the transposed arrays it works without copies
+    covariance = scipy.linalg.blas.ssyrk(1.0 / len(normal), normal.T, lower=1)
+    diagonal = np.einsum("dd->d", covariance)
+    np.fill_diagonal(covariance, diagonal + REGULARISER * diagonal.mean())
+    with threadpool_limits(1, user_api="blas"):  # OpenBLAS 0.3.27: 50 times slower on two threads
+        factor = scipy.linalg.cholesky(covariance, lower=True, overwrite_a=True,
+                                       check_finite=False)
+    white = scipy.linalg.blas.strsm(1.0, factor, normal.T, lower=1, overwrite_b=1)
+    return white.T, factor
+
+
+def spherical_kmeans(white: np.ndarray, count: int, rng: np.random.Generator,
+                     iterations: int = KMEANS_ITERATIONS) -> np.ndarray:
+    """Return (count, d) unit centroids of white data (n, d) (Coates & Ng 2012, section 2)."""
+    replace = len(white) < count
+    centroids = _unit_rows(white[rng.choice(len(white), count, replace=replace)])
+    if replace:
+        centroids = _unit_rows(centroids + 0.1 * gaussian(centroids.shape, rng))
+    rows = np.arange(len(white))
+    for _ in range(iterations):
+        products = white @ centroids.T
+        best = np.abs(products).argmax(axis=1)
+        share = scipy.sparse.csr_matrix((products[rows, best], best, np.arange(len(white) + 1)),
+                                        shape=products.shape)
+        centroids = _unit_rows(share.T @ white + centroids)
+    return centroids
+
+
+def _filters(directions: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """Filters w with w x = <direction, L^-1 x>: rows of directions L^-1."""
+    return scipy.linalg.blas.strsm(1.0, factor, directions.T, lower=1, trans_a=1).T
+
+
+def _unit_rows(rows: np.ndarray) -> np.ndarray:
+    lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    return rows / np.maximum(lengths, 1e-20)[:, None]
+
+
+def _spectrum(patches: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues above rounding, largest first, and eigenvectors as columns."""
+    centred = patches - patches.mean(axis=0)
+    covariance = (centred.T @ centred).astype(np.float64) / len(centred)
+    values, vectors = np.linalg.eigh(covariance)
+    kept = values > 1e-6 * values[-1]
+    return values[kept][::-1], vectors[:, kept][:, ::-1]
+
+
+def _with_random_directions(first: np.ndarray, white: np.ndarray, count: int,
+                            rng: np.random.Generator) -> np.ndarray:
+    """`first`, and below it random directions of the white space up to `count` rows."""
+    missing = count - len(first)
+    directions = _unit_rows(rng.standard_normal((missing, len(white))))
+    return np.concatenate([first, directions @ white]).astype(np.float32)
