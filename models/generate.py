@@ -13,6 +13,7 @@ import os
 import sys
 from typing import Dict, NamedTuple, Optional, Sequence
 
+import guarded
 from layer_text import (
     MSRA,
     XAVIER,
@@ -32,8 +33,6 @@ from layer_text import (
     pooling,
     relu,
 )
-
-import guarded
 
 log = logging.getLogger("generate")
 
