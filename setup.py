@@ -22,6 +22,10 @@ EXPERIMENTS = [
     "numba>=0.53,<0.61",
     "PyYAML>=5.3,<7",
 ]
+WORKFLOW = [
+    "snakemake==7.32.4",
+    "pulp<2.8",  # snakemake 7 calls a function that later ones do not have
+]
 
 setup(
     name="magic-init",
@@ -42,8 +46,8 @@ setup(
     extras_require={
         "cpu": CAFFE_CPU,
         "experiments": EXPERIMENTS,
-        "dev": DEVELOPMENT + EXPERIMENTS,
-        "workflow": ["snakemake==7.32.4", "pulp<2.8"],
+        "workflow": EXPERIMENTS + WORKFLOW,
+        "dev": DEVELOPMENT + EXPERIMENTS + WORKFLOW,
     },
     entry_points={"console_scripts": ["magic-init=magic_init:main"]},
 )
