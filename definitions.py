@@ -6,6 +6,7 @@ before Caffe may abort on it, and written back in today's dialect.
 
     python -c "import definitions as d; print(d.read_definition('models/caffenet/deploy.prototxt'))"
 """
+import importlib
 import os
 import tempfile
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
@@ -58,14 +59,19 @@ def read_definition(path: str) -> Any:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError("%s: cannot read the definition (%s)" % (path, error)) from error
+    except OSError as error:
+        raise ValueError("%s: cannot read the definition (%s)" % (path, error.strerror)) from error
+    except UnicodeDecodeError as error:
+        raise ValueError("%s: not a net definition: it is not text" % path) from error
     definition = caffe_messages().NetParameter()
     try:
         text_format.Merge(text, definition)
     except text_format.ParseError as error:
         raise ValueError("%s: not a net definition: line %s" % (path, error)) from error
-    upgraded = upgrade(definition)
+    try:
+        upgraded = upgrade(definition)
+    except ValueError as error:
+        raise ValueError("%s: %s" % (path, error)) from error
     if not upgraded.layer:
         raise ValueError("%s: the definition has no layers" % path)
     return upgraded
@@ -91,7 +97,8 @@ def read_weights(path: str) -> Dict[str, List[Tuple[int, ...]]]:
         raise ValueError("%s: cannot read the weights (%s)" % (path, error.strerror)) from error
     except DecodeError as error:
         raise ValueError("%s: cut short or not a caffemodel" % path) from error
-    layers = list(weights.layer) + list(weights.layers)
+    layers = list(weights.layer) + [old.layer if old.HasField("layer") else old  # V0 within V1
+                                    for old in weights.layers]
     if not layers:
         raise ValueError("%s: not a caffemodel (no layers in it)" % path)
     return {layer.name: [_blob_shape(blob, path, layer.name) for blob in layer.blobs]
@@ -99,28 +106,29 @@ def read_weights(path: str) -> Dict[str, List[Tuple[int, ...]]]:
 
 
 def upgrade(definition: Any) -> Any:
-    """Return a copy of `definition` without V1 layers and legacy inputs (Caffe's own upgrade)."""
+    """Return a copy of `definition` without V1 layers and legacy inputs (Caffe's own upgrade).
+
+    Raises ValueError for V0 layers, for a mixture of dialects and for inputs without a shape.
+    """
     if definition.layer and definition.layers:
         raise ValueError("the definition mixes `layer` and the old `layers`: use one of them")
+    if any(old.HasField("layer") for old in definition.layers):
+        raise ValueError("the definition has V0 layers (`layers { layer { ... } }`): run Caffe's "
+                         "upgrade_net_proto_text on it first")
     messages = caffe_messages()
     upgraded = messages.NetParameter()
     upgraded.CopyFrom(definition)
     for field in ("input", "input_shape", "input_dim", "layers", "layer"):
         upgraded.ClearField(field)
-    for number, name in enumerate(definition.input):
+    for name, shape in zip(definition.input, _legacy_shapes(definition)):
         layer = upgraded.layer.add(name=name, type="Input", top=[name])
-        shape = layer.input_param.shape.add()
-        if definition.input_shape:
-            shape.CopyFrom(definition.input_shape[number])
-        else:
-            shape.dim.extend(definition.input_dim[4 * number:4 * number + 4])
+        layer.input_param.shape.add(dim=shape)
     upgraded.layer.extend(definition.layer)
     upgraded.layer.extend(_upgraded_layer(old) for old in definition.layers)
     for layer in upgraded.layer:
-        _move_transform(layer)
-        if layer.type == "BatchNorm":  # Caffe ignores the lr_mult that old definitions give
+        if layer.type == "BatchNorm" and len(layer.param) == 3:  # as its first version wanted
             for parameter in layer.param:
-                parameter.ClearField("lr_mult")
+                parameter.lr_mult = parameter.decay_mult = 0
     return upgraded
 
 
@@ -132,13 +140,16 @@ def working_definition(definition: Any, batch_size: Optional[int]) -> Tuple[Any,
     parameter learns (lr_mult 1), because gradients of fixed layers count too.  With `batch_size`,
     images are fed through an Input layer in place of the net's own data layers; without, the net
     feeds itself and the second value is None.
-    Raises ValueError where no or more than one image input would have to be fed.
+    Raises ValueError where no or more than one image input would have to be fed, where a layer
+    needs more than the images, and where no layer is left.
     """
-    phase = caffe_messages().TRAIN
-    layers = [layer for layer in definition.layer if _included(layer, phase)]
+    state = caffe_messages().NetState()
+    state.CopyFrom(definition.state)
+    state.phase, state.level = caffe_messages().TRAIN, 0  # the level that pycaffe gives a net
+    layers = [layer for layer in definition.layer if _included(layer, state)]
     if not any(is_source(layer) for layer in layers):
         layers = [layer for layer in definition.layer
-                  if _included(layer, phase) or is_source(layer)]
+                  if _included(layer, state) or is_source(layer)]
     working = caffe_messages().NetParameter(name=definition.name)
     image = None
     if batch_size is not None:
@@ -149,6 +160,8 @@ def working_definition(definition: Any, batch_size: Optional[int]) -> Tuple[Any,
     elif any(layer.type == "Input" for layer in layers):
         raise ValueError("the definition has no data layer of its own: give images with --data")
     working.layer.extend(_without_scores(layers, {image.blob} if image else set()))
+    if not outputs(working.layer):
+        raise ValueError("no layer of the definition computes anything but losses and scores")
     for layer in working.layer:
         _plain(layer)
     for name in outputs(working.layer):
@@ -159,12 +172,13 @@ def working_definition(definition: Any, batch_size: Optional[int]) -> Tuple[Any,
 
 def outputs(layers: Iterable[Any]) -> List[str]:
     """Return the blobs that layers compute from other blobs and nothing reads, in order."""
-    read: Set[str] = set()
-    for layer in reversed(list(layers)):
-        read.update(set(layer.bottom) - set(layer.top))
-    computed = [top for layer in layers if not is_source(layer) and layer.bottom
-                for top in layer.top]
-    return [top for top in dict.fromkeys(computed) if top not in read]
+    unread: Dict[str, None] = {}
+    for layer in layers:
+        for bottom in layer.bottom:
+            unread.pop(bottom, None)
+        if layer.bottom and not is_source(layer):
+            unread.update(dict.fromkeys(layer.top))
+    return list(unread)
 
 
 def is_source(layer: Any) -> bool:
@@ -173,14 +187,18 @@ def is_source(layer: Any) -> bool:
 
 
 def check_types(definition: Any) -> None:
-    """Raise ValueError naming the first layer whose type this Caffe does not have."""
+    """Raise ValueError naming the first layer that this Caffe cannot make.
+
+    Its type is unknown, its Python class is missing, or no layer before it makes its bottom.
+    """
     known = set(import_caffe().layer_type_list())
+    made: Set[str] = set()
     for layer in definition.layer:
         if layer.type not in known:
             raise ValueError("layer '%s': this Caffe has no layer type '%s'"
                              % (layer.name, layer.type))
-    made: Set[str] = set()
-    for layer in definition.layer:
+        if layer.type == "Python":
+            _check_python(layer)
         missing = [bottom for bottom in layer.bottom if bottom not in made]
         if missing:
             raise ValueError("layer '%s': no layer before it makes its bottom '%s'"
@@ -188,38 +206,43 @@ def check_types(definition: Any) -> None:
         made.update(layer.top)
 
 
+def _check_python(layer: Any) -> None:
+    """Raise ValueError where a Python layer's class cannot be had: Caffe would not say which."""
+    module, name = layer.python_param.module, layer.python_param.layer
+    try:
+        getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError("layer '%s': no Python layer '%s' in module '%s' (%s)"
+                         % (layer.name, name, module, error)) from error
+
+
 def _image_input(layers: List[Any], batch_size: int) -> Tuple[Input, List[Any]]:
     """The one blob to feed images to, and the source layers that it replaces."""
     sources = [layer for layer in layers if is_source(layer)]
-    candidates = []
+    found = []
+    others = []
     for layer in sources:
-        shape = _source_shape(layer)
-        if len(shape) == 4 and shape[1] in (1, 3):
-            candidates.append(Input(layer.top[0], (batch_size,) + tuple(shape[1:])))
-    extra = [layer.top[0] for layer in sources if layer.type == "Input" and len(layer.top)
-             and layer.top[0] not in [found.blob for found in candidates]
-             and _read_by_kept_layers(layer.top[0], layers)]
-    if len(candidates) != 1 or extra:
-        names = [found.blob for found in candidates] + extra
+        for number, top in enumerate(layer.top if layer.type == "Input" else layer.top[:1]):
+            shape = _source_shape(layer, number)
+            if len(shape) == 4 and shape[1] in (1, 3):
+                found.append(Input(top, (batch_size,) + tuple(shape[1:])))
+            elif layer.type == "Input" and _read_by_kept_layers(top, layers):
+                others.append(top)
+    if len(found) != 1 or others:
+        names = [image.blob for image in found] + others
         raise ValueError("images need exactly one input blob with 1 or 3 channels, this net has %s"
                          % (", ".join("'%s'" % name for name in names) or "none"))
-    return candidates[0], sources
+    return found[0], sources
 
 
 def _read_by_kept_layers(blob: str, layers: List[Any]) -> bool:
     return any(blob in layer.bottom and not _is_score(layer) for layer in layers)
 
 
-def _source_shape(layer: Any) -> List[int]:
-    """Shape of a source layer's first top; of a database only if no crop size tells it."""
-    if layer.type == "Input":
-        return list(layer.input_param.shape[0].dim)
-    if layer.type == "DummyData":
-        parameters = layer.dummy_data_param
-        if parameters.shape:
-            return list(parameters.shape[0].dim)
-        return [field[0] for field in (parameters.num, parameters.channels, parameters.height,
-                                       parameters.width)]
+def _source_shape(layer: Any, number: int) -> List[int]:
+    """Shape of a source layer's top; of a database only if no crop size tells it."""
+    if layer.type in ("Input", "DummyData"):
+        return _declared_shape(layer, number)
     if layer.type == "MemoryData":
         parameters = layer.memory_data_param
         return [parameters.batch_size, parameters.channels, parameters.height, parameters.width]
@@ -232,6 +255,19 @@ def _source_shape(layer: Any) -> List[int]:
         return [1, 1 if grey else 3, layer.image_data_param.new_height,
                 layer.image_data_param.new_width]
     return _built_shape(layer)
+
+
+def _declared_shape(layer: Any, number: int) -> List[int]:
+    """Shape of a top that the definition tells, once for all tops or for each."""
+    parameters = layer.input_param if layer.type == "Input" else layer.dummy_data_param
+    shapes = [list(shape.dim) for shape in parameters.shape]
+    if layer.type == "DummyData" and not shapes:
+        shapes = [list(shape) for shape in zip(parameters.num, parameters.channels,
+                                               parameters.height, parameters.width)]
+    if len(shapes) not in (1, len(layer.top)):
+        raise ValueError("layer '%s': it gives %d shapes for %d tops"
+                         % (layer.name, len(shapes), len(layer.top)))
+    return shapes[number if len(shapes) > 1 else 0]
 
 
 def _built_shape(layer: Any) -> List[int]:
@@ -256,31 +292,41 @@ def build(definition: Any) -> Any:
         return caffe.Net(file.name, caffe.TEST)
 
 
-def _included(layer: Any, phase: int) -> bool:
+def _included(layer: Any, state: Any) -> bool:
     """Caffe's rule: no exclude matches, and one include matches where there is any."""
-    if layer.HasField("phase") and layer.phase != phase:
-        return False
     if layer.include:
-        return any(_matches(rule, phase) for rule in layer.include)
-    return not any(_matches(rule, phase) for rule in layer.exclude)
+        return any(_matches(rule, state) for rule in layer.include)
+    return not any(_matches(rule, state) for rule in layer.exclude)
 
 
-def _matches(rule: Any, phase: int) -> bool:
-    """Whether a rule holds in `phase` at level 0 without stages, as pycaffe builds nets."""
-    return ((not rule.HasField("phase") or rule.phase == phase)
-            and (not rule.HasField("min_level") or rule.min_level <= 0)
-            and (not rule.HasField("max_level") or rule.max_level >= 0)
-            and not rule.stage)
+def _matches(rule: Any, state: Any) -> bool:
+    """Whether a rule holds in a state of phase, level and stages."""
+    return ((not rule.HasField("phase") or rule.phase == state.phase)
+            and (not rule.HasField("min_level") or rule.min_level <= state.level)
+            and (not rule.HasField("max_level") or rule.max_level >= state.level)
+            and set(rule.stage) <= set(state.stage)
+            and not set(rule.not_stage) & set(state.stage))
 
 
 def _without_scores(layers: List[Any], fed: Set[str]) -> List[Any]:
-    """The layers that are neither scores nor need a blob that only cut layers made."""
+    """The layers that are neither scores nor work on blobs that only cut layers made.
+
+    Raises ValueError where a layer mixes the two kinds of blobs.
+    """
     kept: List[Any] = []
     made = set(fed)
     for layer in layers:
-        if not _is_score(layer) and all(bottom in made for bottom in layer.bottom):
-            kept.append(layer)
-            made.update(layer.top)
+        missing = [bottom for bottom in layer.bottom if bottom not in made]
+        if _is_score(layer) or (missing and len(missing) == len(layer.bottom)):
+            continue
+        if missing and layer.type == "Python" and not any(
+                _read_by_kept_layers(top, layers) for top in layer.top):
+            continue  # measures something against labels
+        if missing:
+            raise ValueError("layer '%s': images alone do not give its bottom '%s'"
+                             % (layer.name, missing[0]))
+        kept.append(layer)
+        made.update(layer.top)
     while True:
         ends = set(outputs(kept))
         last = [layer for layer in kept if layer.type in LAST_ONLY and set(layer.top) <= ends]
@@ -299,7 +345,10 @@ def _plain(layer: Any) -> None:
     for field in ("include", "exclude", "phase", "loss_weight", "propagate_down"):
         layer.ClearField(field)
     for parameter in layer.param:
-        parameter.ClearField("lr_mult")
+        if layer.type == "BatchNorm":  # Caffe refuses to learn statistics
+            parameter.lr_mult = 0
+        else:
+            parameter.ClearField("lr_mult")
     for field in ("convolution_param", "inner_product_param", "embed_param"):
         if layer.HasField(field):
             getattr(layer, field).ClearField("weight_filler")
@@ -320,17 +369,28 @@ def _upgraded_layer(old: Any) -> Any:
             getattr(layer, field.name).CopyFrom(value)
         else:
             setattr(layer, field.name, value)
-    for number in range(max(len(old.param), len(old.blobs_lr), len(old.weight_decay))):
-        parameter = layer.param.add()
-        if number < len(old.param):
-            parameter.name = old.param[number]
-        if number < len(old.blobs_lr):
-            parameter.lr_mult = old.blobs_lr[number]
-        if number < len(old.weight_decay):
-            parameter.decay_mult = old.weight_decay[number]
-        if number < len(old.blob_share_mode):
-            parameter.share_mode = old.blob_share_mode[number]
+    for field, values in (("name", old.param), ("lr_mult", old.blobs_lr),
+                          ("decay_mult", old.weight_decay), ("share_mode", old.blob_share_mode)):
+        for number, value in enumerate(values):
+            if number == len(layer.param):
+                layer.param.add()
+            setattr(layer.param[number], field, value)
+    _move_transform(layer)
     return layer
+
+
+def _legacy_shapes(definition: Any) -> List[List[int]]:
+    """The shapes of `input:` blobs, from `input_shape` or four `input_dim` for each."""
+    shapes = [list(shape.dim) for shape in definition.input_shape]
+    if not shapes:
+        dims = list(definition.input_dim)
+        shapes = [dims[start:start + 4] for start in range(0, len(dims), 4)]
+        if len(dims) % 4:
+            raise ValueError("an input needs 4 input_dim, the definition has %d in all" % len(dims))
+    if len(shapes) != len(definition.input):
+        raise ValueError("the definition has %d inputs and %d shapes for them"
+                         % (len(definition.input), len(shapes)))
+    return shapes
 
 
 def _type_name(old: Any) -> str:
