@@ -1,0 +1,578 @@
+"""The one training loop of the experiments (paper, section 4): pycaffe solvers, resumable.
+
+Interface (stable): describe a run as a `Plan`, call `train(plan)` in a process that Caffe may
+abort (guarded.in_child), turn its `Outcome` into an exit status with `exit_status`.
+
+What feeds the net is part of the net: data layers, or Python layers such as ImageSource.  A Python
+layer may have `begin(batch)`, called before the first step with the number of batches that the run
+has already used, so that its data is a function of (seed, batch); then `close()` is called at the
+end.
+
+    python experiments/classify_voc.py train models/caffenet/train_val.prototxt none build/voc \\
+        --voc VOCdevkit/VOC2007
+"""
+import contextlib
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+from google.protobuf import text_format
+from google.protobuf.message import DecodeError
+from tqdm import tqdm
+
+import definitions
+import guarded
+import results
+import run_folder
+from caffe_net import use_device
+from definitions import caffe_messages, import_caffe
+
+LOG_SECONDS = 60  # between two lines of progress where there is no terminal
+
+
+class Measurement(NamedTuple):
+    """What is measured while training: into curves.csv at iteration 0, every `every`, and the end.
+
+    `net` is a NetParameter for the TEST phase, whose layers get the weights of the training net's
+    layers of the same name; `measure(net)` gets its caffe.Net and returns named numbers, the same
+    names each time.  It may run forward passes; it must not train.
+    """
+    net: Any
+    every: int
+    measure: Callable[[Any], Dict[str, float]]
+
+
+class Folding(NamedTuple):
+    """How weights differ in files from those that are trained (detection: normalised targets).
+
+    `fold(net)` changes the weights of a caffe.Net before each file is written, `unfold(net)` undoes
+    it; a resumed run unfolds what it loads, so that both runs go on from the same numbers.
+    """
+    fold: Callable[[Any], None]
+    unfold: Callable[[Any], None]
+
+
+class Plan(NamedTuple):
+    """A training run.
+
+    net             NetParameter, TRAIN phase, with what feeds it and its losses
+    solver          SolverParameter: type, base_lr, lr_policy, momentum, weight_decay, iter_size...;
+                    net, snapshots, display, max_iter and random_seed are set here
+    folder          output folder, made where missing; see run_folder
+    iterations      how many
+    seed            of fillers and dropout, by iteration (data layers have their own)
+    weights         caffemodel to start from; None: the net's fillers
+    fresh           layers that are not loaded from `weights`
+    snapshot_every  iterations between snapshots; 0: only when stopped
+    resume          go on from the folder's last snapshot, where there is one
+    gpus            none: the CPU; several: one process each, through NCCL
+    settings        what else is needed to repeat the run, JSON values; to resume with others is
+                    an error
+    measurement, folding   see there
+    """
+    net: Any
+    solver: Any
+    folder: str
+    iterations: int
+    seed: int = 0
+    weights: Optional[str] = None
+    fresh: Sequence[str] = ()
+    snapshot_every: int = 0
+    resume: bool = False
+    gpus: Sequence[int] = ()
+    settings: Dict[str, Any] = {}
+    measurement: Optional[Measurement] = None
+    folding: Optional[Folding] = None
+
+
+class Outcome(NamedTuple):
+    """How a run ended: the iterations done, the last loss (None: nothing was left to do), the
+    signal that stopped it, and the rows of curves.csv."""
+    iteration: int
+    loss: Optional[float]
+    stopped_by: Optional[int]
+    measured: List[Dict[str, float]]
+
+
+def train(plan: Plan) -> Outcome:
+    """Train as planned; afterwards `plan.folder` holds final.caffemodel unless a signal came.
+
+    Raises ValueError where the plan cannot be carried out (naming file, layer and shapes), where a
+    loss is not finite (naming the iteration), and what a layer that feeds the net raises.
+    """
+    _check(plan)
+    os.makedirs(plan.folder, exist_ok=True)
+    snapshot = _starting_point(plan)
+    repeat = _what_repeats(plan)
+    if snapshot is not None:
+        run_folder.check_same_run(plan.folder, repeat)
+    solver_file = _write_definitions(plan)
+    use_device(plan.gpus[0] if plan.gpus else None)
+    with _several_gpus(plan, solver_file, snapshot) as join:
+        solver = import_caffe().get_solver(solver_file)
+        _load(plan, solver, snapshot)
+        join(solver)
+        run = _Run(plan, solver, repeat)
+        try:
+            return run.go()
+        finally:
+            run.close()
+
+
+def exit_status(outcome: Outcome, plan: Plan) -> int:
+    """Return 0, or 128 + the signal that stopped a run, having said how to resume it."""
+    if outcome.stopped_by is None:
+        return 0
+    logging.warning("stopped by %s after iteration %d of %d: the same command with --resume goes "
+                    "on from %s", signal.Signals(outcome.stopped_by).name, outcome.iteration,
+                    plan.iterations, plan.folder)
+    return 128 + outcome.stopped_by
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------
+
+class _Run:
+    """A run under way: `go` steps the solver to the end, writing what there is to write."""
+
+    def __init__(self, plan: Plan, solver: Any, repeat: Dict[str, Any]) -> None:
+        self.plan = plan
+        self.solver = solver
+        self.repeat = repeat
+        self.losses = _loss_blobs(solver.net)
+        self.batch = _batch_size(solver.net) * plan.solver.iter_size
+        self.log = run_folder.Table(os.path.join(plan.folder, "log.csv"), solver.iter)
+        self.curves: Optional[run_folder.Table] = None
+        self.measured_net: Any = None
+        if plan.measurement is not None:
+            self.curves = run_folder.Table(os.path.join(plan.folder, "curves.csv"), solver.iter)
+            self.measured_net = definitions.build(plan.measurement.net)
+        self.seconds_before = float(self.log.last.get("seconds", 0.0))
+        self.started = time.monotonic()
+
+    def go(self) -> Outcome:
+        plan, solver = self.plan, self.solver
+        first, loss = solver.iter, None
+        self._write_run(None)
+        for layer in _feeding(solver.net):
+            layer.begin(first * plan.solver.iter_size)
+        with _signals() as received, _progress(plan, first, self.batch) as show:
+            if first == 0:
+                self._measure()
+            while solver.iter < plan.iterations and not received:
+                _reseed(plan.seed, solver.iter)
+                solver.step(1)
+                loss = self._log()
+                if self._due(plan.measurement.every if plan.measurement else 0):
+                    self._measure()
+                if plan.snapshot_every and solver.iter % plan.snapshot_every == 0:
+                    self._snapshot()
+                show(solver.iter, loss)
+            stopped_by = received[0] if received and solver.iter < plan.iterations else None
+        return self._end(loss, stopped_by)
+
+    def close(self) -> None:
+        for layer in _feeding(self.solver.net):
+            layer.close()
+        self.log.close()
+        if self.curves is not None:
+            self.curves.close()
+
+    def _end(self, loss: Optional[float], stopped_by: Optional[int]) -> Outcome:
+        last = run_folder.last_snapshot(self.plan.folder)
+        if stopped_by is not None:
+            if last is None or last.iteration != self.solver.iter:
+                self._snapshot()
+        else:
+            self._save_weights(os.path.join(self.plan.folder, "final.caffemodel"))
+        run_folder.draw_curve(self.plan.folder)
+        outcome = Outcome(self.solver.iter, loss, stopped_by, run_folder.read_table(
+            os.path.join(self.plan.folder, "curves.csv")))
+        self._write_run(outcome)
+        return outcome
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and (self.solver.iter % every == 0
+                                or self.solver.iter == self.plan.iterations)
+
+    def _log(self) -> float:
+        """Append the losses of the step just done to log.csv and return their weighted sum.
+
+        Raises ValueError naming the iteration where it is not finite.
+        """
+        net = self.solver.net
+        values = {name: float(net.blobs[name].data.sum()) for name in self.losses}
+        loss = math.fsum(weight * values[name] for name, weight in self.losses.items())
+        rate = learning_rate(self.plan.solver, self.solver.iter - 1, self.plan.iterations)
+        if not math.isfinite(loss):
+            raise ValueError("iteration %d: the loss is %s at learning rate %g: give a smaller one "
+                             "(the losses so far are in %s)"
+                             % (self.solver.iter, loss, rate, self.log.path))
+        row: Dict[str, float] = {"iteration": self.solver.iter,
+                                 "learning_rate": float("%.7g" % rate), "loss": loss}
+        if len(values) > 1:
+            row.update(values)
+        row["seconds"] = round(self.seconds_before + time.monotonic() - self.started, 3)
+        self.log.add(row)
+        return loss
+
+    def _measure(self) -> None:
+        if self.plan.measurement is None or self.curves is None:
+            return
+        copy_weights(self.solver.net, self.measured_net)
+        values = self.plan.measurement.measure(self.measured_net)
+        self.curves.add({"iteration": self.solver.iter,
+                         **{name: float(value) for name, value in values.items()}})
+
+    def _snapshot(self) -> None:
+        self.log.to_disk()
+        if self.curves is not None:
+            self.curves.to_disk()
+        with self._folded():
+            run_folder.save_snapshot(self.solver, self.plan.folder)
+
+    def _save_weights(self, path: str) -> None:
+        with self._folded(), guarded.replacing(path) as temporary:
+            self.solver.net.save(temporary)
+
+    @contextlib.contextmanager
+    def _folded(self) -> Iterator[None]:
+        if self.plan.folding is not None:
+            self.plan.folding.fold(self.solver.net)
+        yield
+        if self.plan.folding is not None:
+            self.plan.folding.unfold(self.solver.net)
+
+    def _write_run(self, outcome: Optional[Outcome]) -> None:
+        plan = self.plan
+        record = {
+            **results.provenance(plan.seed),
+            "repeat": self.repeat,
+            "iterations": plan.iterations,
+            "snapshot_every": plan.snapshot_every,
+            "gpus": list(plan.gpus),
+            "solver": text_format.MessageToString(plan.solver),
+            "net_sha256": run_folder.sha256(os.path.join(plan.folder, "train_val.prototxt")),
+        }
+        if outcome is not None:
+            record.update(finished=outcome.stopped_by is None, iteration=outcome.iteration,
+                          loss=outcome.loss,
+                          seconds=self.seconds_before + time.monotonic() - self.started)
+        results.write_json(os.path.join(plan.folder, "run.json"), record)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[List[int]]:
+    """Gather SIGINT and SIGTERM in a list; the same signal again interrupts at once."""
+    received: List[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _progress(plan: Plan, first: int, batch: int) -> Iterator[Callable[[int, float], None]]:
+    """Show loss, images/s and remaining time: a bar on a terminal, else a line a minute."""
+    started = shown = time.monotonic()
+    tqdm.set_lock(threading.RLock())  # its default, a semaphore, outlives a process that aborts
+    with tqdm(total=plan.iterations, initial=first, unit="images", unit_scale=batch,
+              disable=None, dynamic_ncols=True) as bar:
+        def show(iteration: int, loss: float) -> None:
+            nonlocal shown
+            if not bar.disable:
+                bar.set_postfix_str("loss %.4g" % loss, refresh=False)
+                bar.update(iteration - bar.n)
+                return
+            now = time.monotonic()
+            if now - shown >= LOG_SECONDS or iteration == plan.iterations:
+                shown = now
+                speed = (iteration - first) / (now - started)
+                logging.info("iteration %d of %d: loss %.4g, %.1f images/s, %d s left", iteration,
+                             plan.iterations, loss, speed * batch,
+                             (plan.iterations - iteration) / speed)
+        yield show
+
+
+def _reseed(seed: int, iteration: int) -> None:
+    """Make what Caffe draws in an iteration (dropout) a function of seed, iteration and GPU.
+
+    This is what makes every snapshot a point from which a run goes on as if never stopped.
+    """
+    caffe = import_caffe()
+    caffe.set_random_seed(_caffe_seed(seed, 1 + iteration, caffe.solver_rank()))
+
+
+def _caffe_seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
+
+
+def _loss_blobs(net: Any) -> Dict[str, float]:
+    """The blobs that the net's loss is summed from, with their weights."""
+    losses = {name: float(weight) for name, weight in net.blob_loss_weights.items() if weight}
+    if not losses:
+        raise ValueError("the training net has no loss")
+    return losses
+
+
+def _batch_size(net: Any) -> int:
+    """Images a batch: the first axis of the net's first blob."""
+    shape = next(iter(net.blobs.values())).shape
+    return int(shape[0]) if len(shape) else 1
+
+
+def _feeding(net: Any) -> List[Any]:
+    return [layer for layer in net.layers if hasattr(layer, "begin")]
+
+
+# ---------------------------------------------------------------------------------------------
+# Before the first step
+# ---------------------------------------------------------------------------------------------
+
+def learning_rate(solver: Any, iteration: int, iterations: int) -> float:
+    """Return the rate that Caffe's lr_policy gives `iteration` (counted from 0).
+
+    Raises ValueError naming a policy that Caffe does not have.
+    """
+    policy, rate, gamma = solver.lr_policy, solver.base_lr, solver.gamma
+    if policy == "fixed":
+        return rate
+    if policy == "step":
+        return rate * gamma ** (iteration // solver.stepsize)
+    if policy == "multistep":
+        return rate * gamma ** sum(iteration >= step for step in solver.stepvalue)
+    if policy == "exp":
+        return rate * gamma ** iteration
+    if policy == "inv":
+        return rate * (1 + gamma * iteration) ** -solver.power
+    if policy == "poly":
+        return rate * (1 - iteration / iterations) ** solver.power
+    if policy == "sigmoid":
+        return rate / (1 + math.exp(-gamma * (iteration - solver.stepsize)))
+    raise ValueError("lr_policy '%s' is not one of Caffe's" % policy)
+
+
+def load_weights(net: Any, path: str, fresh: Sequence[str] = ()) -> List[str]:
+    """Copy a caffemodel into a caffe.Net by layer name; return the net's layers left as they are.
+
+    Layers in `fresh` are left.  Raises ValueError naming the layer and both shapes where they
+    differ, and where no layer of the file is in the net.
+    """
+    shapes = definitions.read_weights(path)
+    loaded = [name for name in net.params if name in shapes and name not in fresh]
+    if not loaded:
+        raise ValueError("%s: none of its layers (%s...) is one of the net's (%s...)"
+                         % (path, ", ".join(list(shapes)[:3]), ", ".join(list(net.params)[:3])))
+    for name in loaded:
+        wanted = [tuple(blob.shape) for blob in net.params[name]]
+        if [_plain_shape(shape) for shape in shapes[name]] != [_plain_shape(s) for s in wanted]:
+            raise ValueError("%s: layer '%s' has weights of shape %s, the net wants %s" % (
+                path, name, _shapes(shapes[name]), _shapes(wanted)))
+    if any(name in shapes for name in fresh):
+        with tempfile.NamedTemporaryFile(suffix=".caffemodel") as file:
+            file.write(_without(path, fresh))
+            file.flush()
+            net.copy_from(file.name)
+    else:
+        net.copy_from(path)
+    return [name for name in net.params if name not in loaded]
+
+
+def copy_weights(source: Any, target: Any) -> None:
+    """Copy parameters between two caffe.Nets by layer name.
+
+    A copy, not Caffe's sharing: nets that share weights can crash when they end.
+    """
+    for name, blobs in target.params.items():
+        if name not in source.params:
+            raise ValueError("layer '%s' of the measured net is not in the training net" % name)
+        for blob, trained in zip(blobs, source.params[name]):
+            blob.data[...] = trained.data
+
+
+def _check(plan: Plan) -> None:
+    definitions.check_types(plan.net)
+    if plan.iterations < 1:
+        raise ValueError("iterations must be at least 1, not %d" % plan.iterations)
+    if not 0 <= plan.seed < 2 ** 31:
+        raise ValueError("the seed must lie in 0..2147483647, not %d" % plan.seed)
+    learning_rate(plan.solver, 0, plan.iterations)
+    if len(plan.gpus) > 1 and not import_caffe().has_nccl():
+        raise ValueError("this Caffe is built without NCCL: train on one GPU")
+
+
+def _starting_point(plan: Plan) -> Optional[run_folder.Snapshot]:
+    """The snapshot to resume from; an earlier run's results are never overwritten unasked."""
+    snapshot = run_folder.last_snapshot(plan.folder)
+    if not plan.resume:
+        earlier = snapshot or os.path.exists(os.path.join(plan.folder, "final.caffemodel"))
+        if earlier:
+            raise ValueError("%s holds a run: go on with --resume or give another folder"
+                             % plan.folder)
+    elif snapshot is None:
+        logging.info("%s holds no snapshot to resume from: starting at iteration 0", plan.folder)
+    else:
+        logging.info("resuming from iteration %d", snapshot.iteration)
+    return snapshot
+
+
+def _what_repeats(plan: Plan) -> Dict[str, Any]:
+    """The settings that a resumed run must share with the run that it goes on with."""
+    return {
+        **plan.settings,
+        "seed": plan.seed,
+        "weights": plan.weights and os.path.abspath(plan.weights),
+        "weights_sha256": plan.weights and run_folder.sha256(plan.weights),
+        "fresh": list(plan.fresh),
+    }
+
+
+def _write_definitions(plan: Plan) -> str:
+    """Write train_val.prototxt and solver.prototxt; return a solver file that names absolutely."""
+    net = os.path.join(plan.folder, "train_val.prototxt")
+    definitions.write_definition(plan.net, net)
+    solver = caffe_messages().SolverParameter()
+    solver.CopyFrom(plan.solver)
+    solver.net = os.path.basename(net)
+    solver.max_iter = plan.iterations
+    solver.random_seed = _caffe_seed(plan.seed, 0, 0)
+    solver.display = 0
+    solver.snapshot = 0
+    solver.snapshot_prefix = "snapshot"
+    definitions.write_definition(solver, os.path.join(plan.folder, "solver.prototxt"),
+                                 "Paths are relative to this folder.")
+    solver.net = os.path.abspath(net)
+    solver.snapshot_prefix = run_folder.snapshot_prefix(plan.folder)
+    hidden = os.path.join(os.path.dirname(solver.snapshot_prefix), "solver.prototxt")
+    definitions.write_definition(solver, hidden)
+    return hidden
+
+
+def _load(plan: Plan, solver: Any, snapshot: Optional[run_folder.Snapshot]) -> None:
+    if snapshot is not None:
+        run_folder.restore_snapshot(solver, snapshot)
+        if plan.folding is not None:
+            plan.folding.unfold(solver.net)
+    elif plan.weights is not None:
+        left = load_weights(solver.net, plan.weights, plan.fresh)
+        if left:
+            logging.info("filled afresh, not loaded from %s: %s", plan.weights, ", ".join(left))
+
+
+def _without(path: str, names: Sequence[str]) -> bytes:
+    """A caffemodel's bytes without the layers called `names`."""
+    weights = caffe_messages().NetParameter()
+    with open(path, "rb") as file:
+        try:
+            weights.ParseFromString(file.read())
+        except DecodeError as error:
+            raise ValueError("%s: cut short or not a caffemodel" % path) from error
+    for field in (weights.layer, weights.layers):
+        for index in reversed(range(len(field))):
+            if field[index].name in names:
+                del field[index]
+    return weights.SerializeToString()
+
+
+def _plain_shape(shape: Sequence[int]) -> Tuple[int, ...]:
+    """A shape without leading ones: old files write every blob with four axes."""
+    lengths = list(shape)
+    while len(lengths) > 1 and lengths[0] == 1:
+        del lengths[0]
+    return tuple(lengths)
+
+
+def _shapes(shapes: Sequence[Sequence[int]]) -> str:
+    return " and ".join("x".join(str(length) for length in shape) or "1" for shape in shapes)
+
+
+# ---------------------------------------------------------------------------------------------
+# Several GPUs: one process each, gradients summed by NCCL
+# ---------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def _several_gpus(plan: Plan, solver_file: str, snapshot: Optional[run_folder.Snapshot],
+                  ) -> Iterator[Callable[[Any], None]]:
+    """Start a process for each GPU but the first; yield what joins this process's solver to them.
+
+    They step in time with this one, because each step waits for the others' gradients, and are
+    ended with the block.
+    """
+    if len(plan.gpus) < 2:
+        yield lambda solver: None
+        return
+    caffe = import_caffe()
+    uid = caffe.NCCL.new_uid()
+    context = multiprocessing.get_context("spawn")
+    others = [context.Process(target=_follow, args=(
+        list(plan.gpus), rank, uid, solver_file, snapshot, plan.seed, plan.iterations,
+        plan.solver.iter_size), daemon=False) for rank in range(1, len(plan.gpus))]
+    for process in others:
+        process.start()
+    _take_rank(len(plan.gpus), 0)
+    joined = []  # keeps NCCL's object alive as long as the solver calls it
+    try:
+        yield lambda solver: joined.append(_join(solver, uid))
+    finally:
+        for process in others:
+            process.kill()
+            process.join()
+
+
+def _follow(gpus: List[int], rank: int, uid: Any, solver_file: str,
+            snapshot: Optional[run_folder.Snapshot], seed: int, iterations: int,
+            iter_size: int) -> None:
+    """A further GPU's process: the same steps on its own part of the data."""
+    guarded.die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the first process decides when to stop
+    use_device(gpus[rank])
+    _take_rank(len(gpus), rank)
+    solver = import_caffe().get_solver(solver_file)
+    if snapshot is not None:
+        run_folder.restore_snapshot(solver, snapshot)
+    nccl = _join(solver, uid)
+    for layer in _feeding(solver.net):
+        layer.begin(solver.iter * iter_size)
+    while solver.iter < iterations:
+        _reseed(seed, solver.iter)
+        solver.step(1)
+    del nccl
+    sys.exit(0)
+
+
+def _take_rank(count: int, rank: int) -> None:
+    caffe = import_caffe()
+    caffe.set_solver_count(count)
+    caffe.set_solver_rank(rank)
+    caffe.set_multiprocess(True)
+
+
+def _join(solver: Any, uid: Any) -> Any:
+    """Make `solver` sum its gradients with the others', from the first one's weights."""
+    nccl = import_caffe().NCCL(solver, uid)
+    nccl.bcast()
+    solver.add_callback(nccl)
+    if solver.param.layer_wise_reduce:
+        solver.net.after_backward(nccl)
+    return nccl
