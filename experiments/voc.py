@@ -38,8 +38,8 @@ class Objects(NamedTuple):
     height: int
 
 
-class Voc:
-    """A VOC-layout folder.
+class VocLists:
+    """The lists of a VOC-layout folder: which images a split has, and what they show.
 
     `classes` are the sorted names of all CLASS_SPLIT.txt.  Whatever a file lacks is a ValueError
     that names the file.
@@ -55,7 +55,6 @@ class Voc:
         self.classes: List[str] = sorted({_class_of(stem, splits) for stem in stems} - {""})
         if not self.classes:
             raise ValueError("%s: holds no CLASS_SPLIT.txt, so there are no classes" % self._lists)
-        self._warned: Set[str] = set()
 
     def images(self, split: str) -> List[str]:
         """Return the ids in SPLIT.txt in their order, or in the first class's list without it."""
@@ -89,6 +88,17 @@ class Voc:
                 raise ValueError("%s: image %s is not in the split" % (path, extra))
             labels[:, column] = [flags[image] for image in ids]
         return labels
+
+    def _list_path(self, stem: str) -> str:
+        return os.path.join(self._lists, stem + ".txt")
+
+
+class Voc(VocLists):
+    """A VOC-layout folder with its images and annotations."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self._warned: Set[str] = set()
 
     def image_path(self, image: str) -> str:
         """Return the path of the image with the id `image`."""
@@ -125,9 +135,6 @@ class Voc:
         difficult = np.array([(item.findtext("difficult") or "0").strip() == "1"
                               for item in found])
         return Objects(boxes, classes, difficult, width, height)
-
-    def _list_path(self, stem: str) -> str:
-        return os.path.join(self._lists, stem + ".txt")
 
     def _class_index(self, item: ElementTree.Element, path: str) -> int:
         name = (item.findtext("name") or "").strip()
