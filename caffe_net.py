@@ -94,10 +94,7 @@ class WorkingNet:
         self.net = build(definition)
         self.outputs = outputs(definition.layer)
         self.layers = self._read_layers()
-        self.affine = [layer for layer in self.layers
-                       if layer.type in AFFINE and len(layer.blobs) and len(layer.bottoms)]
-        self.first_computed = min(layer.position for layer in self.layers
-                                  if layer.type not in SOURCES and layer.bottoms)
+        self.affine = [layer for layer in self.layers if is_affine(layer)]
 
     def _read_layers(self) -> List[Layer]:
         parameters = {layer.name: layer for layer in self.definition.layer}
@@ -117,6 +114,27 @@ class WorkingNet:
     def blob(self, name: str) -> Any:
         return self.net.blobs[name]
 
+    def forward(self) -> None:
+        """Run the whole net; one with data layers of its own reads its next batch."""
+        self.net._forward(0, len(self.layers) - 1)
+
+    def compute(self) -> None:
+        """Run all layers but the data layers, from what these hold."""
+        for layer in self.layers:
+            if layer.type not in SOURCES:
+                self.net._forward(layer.position, layer.position)
+
+    def hold(self) -> Dict[str, np.ndarray]:
+        """Return copies of what the input and data layers hold, for `replay`."""
+        return {top: np.array(self.blob(top).data) for layer in self.layers
+                if layer.type in SOURCES for top in layer.tops}
+
+    def replay(self, held: Dict[str, np.ndarray]) -> None:
+        """Run the net on what another one of the same inputs held."""
+        for name, blob in held.items():
+            self.blob(name).data[...] = blob
+        self.compute()
+
     def shared_with(self, layer: Layer) -> Optional[str]:
         """The first layer that holds the same weights (`param { name }`), None if `layer` does."""
         weights = address(layer.blobs[0])
@@ -124,6 +142,12 @@ class WorkingNet:
             if address(other.blobs[0]) == weights:
                 return None if other is layer else other.name
         return None
+
+
+def is_affine(layer: Layer) -> bool:
+    """Whether a layer is z = W x + b with weights that train (Scale with two bottoms is not)."""
+    return (layer.type in AFFINE and len(layer.blobs) > 0
+            and not (layer.type == "Scale" and len(layer.bottoms) > 1))
 
 
 def address(blob: Any) -> int:
@@ -151,6 +175,50 @@ def affine_view(layer: Layer, array: np.ndarray, in_channels: int) -> np.ndarray
     if layer.type == "Embed":
         return array.reshape(1, 1, array.shape[0], array.shape[1]).transpose(0, 3, 1, 2)
     return array.reshape(-1, 1, 1, 1)
+
+
+def output_axis(layer: Layer, dimensions: int) -> int:
+    """Return the axis of an affine layer's output channels in its top of so many dimensions."""
+    if layer.type in ("Convolution", "Deconvolution"):
+        axis = layer.parameters.convolution_param.axis
+    elif layer.type == "InnerProduct":
+        axis = layer.parameters.inner_product_param.axis
+    elif layer.type == "Scale":
+        axis = layer.parameters.scale_param.axis
+    else:
+        axis = -1
+    return int(axis) % dimensions
+
+
+class Geometry(NamedTuple):
+    """Where a two-dimensional convolution's kernel lies, as (height, width) pairs."""
+    kernel: Tuple[int, int]
+    stride: Tuple[int, int]
+    pad: Tuple[int, int]
+    dilation: Tuple[int, int]
+
+
+def geometry(layer: Layer) -> Optional[Geometry]:
+    """Return the geometry of a two-dimensional convolution over (n, channels, height, width).
+
+    None for every other layer.
+    """
+    if layer.type != "Convolution" or layer.weights.ndim != 4:
+        return None
+    parameters = layer.parameters.convolution_param
+    if parameters.axis != 1:
+        return None
+
+    def pair(name: str, default: int) -> Tuple[int, int]:
+        values = list(getattr(parameters, name))
+        if not values and parameters.HasField(name + "_h"):
+            values = [getattr(parameters, name + "_h"), getattr(parameters, name + "_w")]
+        values = values or [default]
+        return values[0], values[-1]
+    dilation = list(parameters.dilation) or [1]
+    height, width = layer.weights.shape[2:]
+    return Geometry((height, width), pair("stride", 1), pair("pad", 0),
+                    (dilation[0], dilation[-1]))
 
 
 def channels(shape: Sequence[int]) -> int:
@@ -190,7 +258,7 @@ def segments(working: WorkingNet, stop_types: Sequence[str]) -> List[Segment]:
     reads = []
     for run in runs:
         made: List[str] = []
-        needed = []
+        needed: List[str] = []
         for layer in run:
             needed += [blob for blob in layer.bottoms if blob not in made]
             made += layer.tops
@@ -248,6 +316,19 @@ class Statistics:
     @property
     def variance(self) -> np.ndarray:
         return self.squares / self.count
+
+    def changed(self, factor: np.ndarray, shift: np.ndarray) -> "Statistics":
+        """Statistics of z * factor + shift, per channel."""
+        changed = Statistics()
+        changed.count = self.count
+        changed.mean = self.mean * factor + shift
+        changed.squares = self.squares * factor ** 2
+        return changed
+
+    def overall(self) -> Tuple[float, float]:
+        """Return mean and variance over all channels together."""
+        mean = float(self.mean.mean())
+        return mean, float((self.variance + (self.mean - mean) ** 2).mean())
 
 
 class BlobStore:
@@ -331,8 +412,12 @@ class BlobStore:
 
 
 class Stop(NamedTuple):
-    """What `walk` yields: a layer before it runs (`statistics` is None), and after it has."""
+    """What `walk` yields: a layer before it runs (`statistics` is None), and after it has.
+
+    `load(batch)` puts a batch of the layer's bottoms into the net.
+    """
     layer: Layer
+    load: Callable[[int], None]
     statistics: Optional[Statistics]
 
 
@@ -340,26 +425,28 @@ def walk(working: WorkingNet, store: BlobStore, batches: int, stop_types: Sequen
          feed: Callable[[int], None]) -> Iterator[Stop]:
     """Run a net layer by layer, each over all batches, stopping at every layer of `stop_types`.
 
-    Before such a layer runs, its parameters can be set from the bottoms in `store`; after it has,
-    its tops can be given a change there (`BlobStore.change`) before any later layer reads them.
+    Before such a layer runs, its parameters can be set from its bottoms; after it has, its tops
+    can be given a change in `store` (`BlobStore.change`) before any later layer reads them.
     `feed(batch)` puts a batch into the net's Input blobs.  A blob is kept from the layer that
-    makes it to its last reader, batch by batch.  When the walk ends the net holds the last batch
-    as a plain forward pass with the final parameters would have left it.
+    makes it to its last reader, batch by batch.
     """
     net = working.net
-    inputs = [top for layer in working.layers if layer.type == "Input" for top in layer.tops]
+    inputs = {top for layer in working.layers if layer.type == "Input" for top in layer.tops}
     for segment in segments(working, stop_types):
-        if segment.stop is not None:
-            yield Stop(segment.stop, None)
-        statistics = Statistics()
-        for batch in range(batches):
-            if any(blob in inputs for blob in segment.reads):
+        def load(batch: int, segment: Segment = segment) -> None:
+            if inputs.intersection(segment.reads):
                 feed(batch)
             for blob in segment.reads:
                 if blob not in inputs:
                     store.load(blob, batch, net.blobs[blob].data)
-                if blob in segment.forgets:
-                    store.drop(blob, batch)
+
+        if segment.stop is not None:
+            yield Stop(segment.stop, load, None)
+        statistics = Statistics()
+        for batch in range(batches):
+            load(batch)
+            for blob in segment.forgets:
+                store.drop(blob, batch)
             net._forward(segment.first, segment.last)
             if segment.stop is not None:
                 for top in segment.stop.tops:
@@ -369,16 +456,7 @@ def walk(working: WorkingNet, store: BlobStore, batches: int, stop_types: Sequen
         for blob in segment.keeps:
             store.settle(blob)
         if segment.stop is not None:
-            yield Stop(segment.stop, statistics)
-
-
-def run_batch(working: WorkingNet, cut: Sequence[Segment],
-              visit: Callable[[Layer], None]) -> None:
-    """Run one batch forward from what the net's inputs hold, calling `visit` behind every stop."""
-    for segment in cut:
-        working.net._forward(segment.first, segment.last)
-        if segment.stop is not None:
-            visit(segment.stop)
+            yield Stop(segment.stop, load, statistics)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ project therefore run Caffe in a child process (`in_child`), turn whatever ends 
 
     python -c "import guarded, os; print(guarded.in_child(os.getpid))"
 """
+import argparse
 import contextlib
 import ctypes
 import logging
@@ -15,6 +16,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 from typing import Any, Callable, Iterator, List, Optional
 
 PR_SET_PDEATHSIG = 1  # prctl's option: the signal that a process gets when its parent ends
@@ -66,7 +68,7 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     decides what to do.  What Caffe prints on file descriptor 2 is kept from the terminal.
     Raises what the child raised, or ChildDied (a ValueError) where it aborted or was killed.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(_start_method())
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile(prefix="caffe.", suffix=".log") as log:
         child = context.Process(target=_child_main, args=(sender, log.name, function, arguments))
@@ -99,6 +101,13 @@ def command_line(run: Callable[[Any], Optional[int]], arguments: Any, program: s
         return 2
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line, like all others."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, "%s: error: %s (see --help)\n" % (self.prog, message))
+
+
 def log_to_stderr(quiet: bool = False) -> None:
     """Send log messages to stderr as plain lines; with `quiet` only warnings."""
     level = logging.WARNING if quiet else logging.INFO
@@ -109,6 +118,12 @@ def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent ends (Linux; elsewhere no effect)."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _start_method() -> str:
+    """How to start a child: forking spares its imports, where nothing of ours can deadlock it."""
+    alone = "caffe" not in sys.modules and threading.active_count() == 1
+    return "fork" if alone and sys.platform.startswith("linux") else "spawn"
 
 
 def _child_main(sender: Any, log: str, function: Callable[..., Any], arguments: tuple) -> None:
