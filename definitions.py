@@ -220,19 +220,19 @@ def _image_input(layers: List[Any], batch_size: int) -> Tuple[Input, List[Any]]:
     """The one blob to feed images to, and the source layers that it replaces."""
     sources = [layer for layer in layers if is_source(layer)]
     found = []
-    others = []
+    unfit = []
     for layer in sources:
         for number, top in enumerate(layer.top if layer.type == "Input" else layer.top[:1]):
             shape = _source_shape(layer, number)
             if len(shape) == 4 and shape[1] in (1, 3):
-                found.append(Input(top, (batch_size,) + tuple(shape[1:])))
+                found.append(Input(top, tuple(shape)))
             elif layer.type == "Input" and _read_by_kept_layers(top, layers):
-                others.append(top)
-    if len(found) != 1 or others:
-        names = [image.blob for image in found] + others
+                unfit.append(Input(top, tuple(shape)))
+    if len(found) != 1 or unfit:
         raise ValueError("images need exactly one input blob with 1 or 3 channels, this net has %s"
-                         % (", ".join("'%s'" % name for name in names) or "none"))
-    return found[0], sources
+                         % (", ".join("'%s' %s" % (blob, list(shape))
+                                      for blob, shape in found + unfit) or "none"))
+    return Input(found[0].blob, (batch_size,) + found[0].shape[1:]), sources
 
 
 def _read_by_kept_layers(blob: str, layers: List[Any]) -> bool:
