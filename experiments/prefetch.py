@@ -1,0 +1,183 @@
+"""Batches computed ahead of their use by worker processes, in an order that is always the same.
+
+Processes, because pycaffe keeps Python's global lock while Caffe computes: threads would stand
+still just when they should work.  Arrays come through shared memory, only shapes through pipes.
+
+    from prefetch import Prefetcher
+    batches = Prefetcher(make, arguments, workers=2, slot_bytes=1 << 20)
+    batches.start(0)
+    arrays = batches.next()
+"""
+import contextlib
+import ctypes
+import logging
+import multiprocessing
+import signal
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+import numpy as np
+
+from guarded import die_with_parent
+
+ALIGNMENT = 64  # bytes; where an array in shared memory starts
+
+
+class Batch(NamedTuple):
+    """What a worker computes: arrays of any shapes, and a line for every image that was broken."""
+    arrays: List[np.ndarray]
+    broken: List[str]
+
+
+class Prefetcher:
+    """Batches `first`, `first + step`, ... of a function of the batch number, computed ahead.
+
+    `make(*arguments)` is called in every worker, both importable by name or picklable, and returns
+    the function `batch_of(number) -> Batch`.  Without workers it is called here, and batches are
+    computed when they are asked for.  A batch's arrays fit into `slot_bytes`.
+    Each broken image is reported once; more than `broken_limit` of them are an error.
+    """
+
+    def __init__(self, make: Callable[..., Callable[[int], Batch]], arguments: Sequence[Any],
+                 workers: int, slot_bytes: int, broken_limit: int = 10) -> None:
+        self._make = make
+        self._arguments = tuple(arguments)
+        self._workers = workers
+        self._slot_bytes = slot_bytes + ALIGNMENT
+        self._slots = workers + 1
+        self._broken_limit = broken_limit
+        self._broken: Set[str] = set()
+        self._number, self._step, self._next = 0, 1, 0
+        self._batch_of: Optional[Callable[[int], Batch]] = None
+        self._processes: List[Any] = []
+        self._pipes: List[Any] = []
+        self._memory = np.empty(0, np.uint8)
+
+    def start(self, first: int, step: int = 1) -> None:
+        """Start the workers at batch `first`."""
+        self.close()
+        self._number, self._step, self._next = first, step, 0
+        if not self._workers:
+            self._batch_of = self._make(*self._arguments)
+            return
+        context = multiprocessing.get_context("spawn")
+        shared: Any = context.RawArray(ctypes.c_byte, self._slots * self._slot_bytes)
+        self._memory = np.frombuffer(shared, np.uint8)
+        for _ in range(self._workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, daemon=True, args=(
+                theirs, shared, self._slot_bytes, self._make, self._arguments))
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+        for place in range(self._workers):
+            self._ask(place)
+
+    def next(self) -> List[np.ndarray]:
+        """Return the next batch's arrays, which hold until the next call.
+
+        Raises ValueError where images are broken beyond the limit, and what a worker raised.
+        """
+        if self._batch_of is not None:
+            batch = self._batch_of(self._number + self._next * self._step)
+            self._next += 1
+            self._report(batch.broken)
+            return batch.arrays
+        place = self._next
+        self._ask(place + self._workers)
+        answer = self._answer(place)
+        self._next += 1
+        if isinstance(answer, Exception):
+            raise answer
+        layout, broken = answer
+        self._report(broken)
+        return _views(self._slot(place), layout)
+
+    def close(self) -> None:
+        """End the workers."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(1)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._pipes, self._processes, self._batch_of = [], [], None
+        self._memory = np.empty(0, np.uint8)
+
+    def _slot(self, place: int) -> np.ndarray:
+        start = place % self._slots * self._slot_bytes
+        return self._memory[start:start + self._slot_bytes]
+
+    def _ask(self, place: int) -> None:
+        """Have the batch at a place in our sequence computed; its slot has been read by now."""
+        with contextlib.suppress(OSError):  # the worker ended: `_answer` says so
+            self._pipes[place % self._workers].send(
+                (self._number + place * self._step, place % self._slots))
+
+    def _answer(self, place: int) -> Any:
+        try:
+            return self._pipes[place % self._workers].recv()
+        except (EOFError, OSError):
+            process = self._processes[place % self._workers]
+            process.join(1)
+            raise ValueError("a worker that reads images ended (exit status %s), most likely "
+                             "because memory ran out" % process.exitcode) from None
+
+    def _report(self, broken: Sequence[str]) -> None:
+        for line in broken:
+            if line in self._broken:
+                continue
+            self._broken.add(line)
+            if len(self._broken) > self._broken_limit:
+                raise ValueError("more than %d broken images, the last is %s"
+                                 % (self._broken_limit, line))
+            logging.warning("%s: skipped", line)
+
+
+def _work(pipe: Any, shared: Any, slot_bytes: int, make: Callable[..., Callable[[int], Batch]],
+          arguments: Tuple[Any, ...]) -> None:
+    """A worker's life: it ends when its pipe does, or its parent."""
+    die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the parent decides when to stop
+    memory = np.frombuffer(shared, np.uint8)
+    batch_of: Optional[Callable[[int], Batch]] = None
+    while True:
+        try:
+            number, slot = pipe.recv()
+            try:
+                batch_of = batch_of or make(*arguments)
+                batch = batch_of(number)
+                start = slot * slot_bytes
+                answer: Any = (_write(memory[start:start + slot_bytes], batch.arrays),
+                               batch.broken)
+            except Exception as error:  # raised again where the batch is asked for
+                answer = error
+            pipe.send(answer)
+        except (EOFError, OSError):
+            return
+
+
+def _write(slot: np.ndarray, arrays: Sequence[np.ndarray]) -> List[Tuple[int, Any, Any]]:
+    """Copy arrays into a slot; return where each lies, with its shape and type."""
+    layout = []
+    end = 0
+    for array in arrays:
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        end = start + array.nbytes
+        if end > len(slot):
+            raise ValueError("a batch of %d bytes does not fit into the %d that were set aside"
+                             % (end, len(slot)))
+        target = slot[start:end].view(array.dtype).reshape(array.shape)
+        target[...] = array
+        layout.append((start, array.shape, array.dtype.str))
+    return layout
+
+
+def _views(slot: np.ndarray, layout: Sequence[Tuple[int, Any, Any]]) -> List[np.ndarray]:
+    views = []
+    for start, shape, kind in layout:
+        size = int(np.prod(shape)) * np.dtype(kind).itemsize
+        views.append(slot[start:start + size].view(kind).reshape(shape))
+    return views
