@@ -20,7 +20,7 @@ ARG BASE=debian:bullseye-slim
 FROM debian:bullseye-slim AS cpu
 RUN apt-get update \
     && apt-get install -y --no-install-recommends \
-        python3-caffe libopenblas0-pthread python3-venv \
+        python3-caffe libopenblas0-pthread python3-venv python3-datrie \
     && rm -rf /var/lib/apt/lists/*
 COPY . /magic_init
 RUN /magic_init/docker/install
@@ -34,7 +34,7 @@ ENTRYPOINT ["/magic_init/docker/entrypoint"]
 FROM ubuntu:20.04 AS gpu
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        python3-caffe-cuda libopenblas0-pthread python3-venv python3-pip \
+        python3-caffe-cuda libopenblas0-pthread python3-venv python3-pip python3-datrie \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m pip install --no-cache-dir numpy==1.19.5
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
@@ -46,7 +46,8 @@ VOLUME ["/data", "/output"]
 WORKDIR /magic_init
 ENTRYPOINT ["/magic_init/docker/entrypoint"]
 
-# Any image whose python3 (3.8 or later, with venv) imports caffe.
+# Any image whose python3 (3.8 or later, with venv) imports caffe.  Snakemake's datrie is built
+# from source where the image has none: that takes a C compiler and Python's headers.
 FROM ${BASE} AS given
 USER root
 COPY . /magic_init
