@@ -135,11 +135,32 @@ def upgrade(definition: Any) -> Any:
 def working_definition(definition: Any, batch_size: Optional[int]) -> Tuple[Any, Optional[Input]]:
     """Return the net to measure on, and the image input where we feed it.
 
-    It holds the layers of the TRAIN phase without losses, accuracies and last softmaxes; every
-    output carries loss weight 1, which makes Caffe propagate the gradient that we put there; every
-    parameter learns (lr_mult 1), because gradients of fixed layers count too.  With `batch_size`,
-    images are fed through an Input layer in place of the net's own data layers; without, the net
-    feeds itself and the second value is None.
+    It holds `image_layers`; every output carries loss weight 1, which makes Caffe propagate the
+    gradient that we put there; every parameter learns (lr_mult 1), because gradients of fixed
+    layers count too.  With `batch_size`, images are fed through an Input layer in place of the
+    net's own data layers; without, the net feeds itself and the second value is None.
+    Raises ValueError as `image_layers` does.
+    """
+    layers, image = image_layers(definition, batch_size)
+    working = caffe_messages().NetParameter(name=definition.name)
+    if image is not None:
+        layer = working.layer.add(name=image.blob, type="Input", top=[image.blob])
+        layer.input_param.shape.add(dim=image.shape)
+    working.layer.extend(layers)
+    for layer in working.layer:
+        _plain(layer)
+    for name in outputs(working.layer):
+        writer = [layer for layer in working.layer if name in layer.top][-1]
+        writer.loss_weight[:] = [float(top == name) for top in writer.top]
+    return working, image
+
+
+def image_layers(definition: Any, batch_size: Optional[int]) -> Tuple[List[Any], Optional[Input]]:
+    """Return the layers of the TRAIN phase without losses, accuracies and last softmaxes, as the
+    definition has them, and the image input.
+
+    With `batch_size` the layers that feed the net are left out too; without, they are kept and the
+    second value is None.
     Raises ValueError where no or more than one image input would have to be fed, where a layer
     needs more than the images, and where no layer is left.
     """
@@ -150,24 +171,16 @@ def working_definition(definition: Any, batch_size: Optional[int]) -> Tuple[Any,
     if not any(is_source(layer) for layer in layers):
         layers = [layer for layer in definition.layer
                   if _included(layer, state) or is_source(layer)]
-    working = caffe_messages().NetParameter(name=definition.name)
     image = None
     if batch_size is not None:
         image, sources = _image_input(layers, batch_size)
-        layer = working.layer.add(name=image.blob, type="Input", top=[image.blob])
-        layer.input_param.shape.add(dim=image.shape)
         layers = [layer for layer in layers if layer not in sources]
     elif any(layer.type == "Input" for layer in layers):
         raise ValueError("the definition has no data layer of its own: give images with --data")
-    working.layer.extend(_without_scores(layers, {image.blob} if image else set()))
-    if not outputs(working.layer):
+    kept = _without_scores(layers, {image.blob} if image else set())
+    if not outputs(kept):
         raise ValueError("no layer of the definition computes anything but losses and scores")
-    for layer in working.layer:
-        _plain(layer)
-    for name in outputs(working.layer):
-        writer = [layer for layer in working.layer if name in layer.top][-1]
-        writer.loss_weight[:] = [float(top == name) for top in writer.top]
-    return working, image
+    return kept, image
 
 
 def outputs(layers: Iterable[Any]) -> List[str]:
