@@ -1,0 +1,324 @@
+"""Turns a list of labelled images into an LMDB for Caffe's Data layer (paper, section 4.5).
+
+    python data/make_lmdb.py train.txt build/train.lmdb --root ILSVRC2012/train --resize 256 \
+        --shuffle --seed 0
+    python data/make_lmdb.py train.txt build/train.lmdb --check
+
+Lines of the list are 'path label'.  The same list, options and seed give the same bytes, whatever
+the number of workers; a run that was killed goes on where it last committed.
+"""
+import argparse
+import collections
+import ctypes
+import hashlib
+import logging
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import cv2
+import lmdb
+import numpy as np
+from tqdm import tqdm
+
+import guarded
+import results
+from image_database import MAP_BYTES, ImageDatabase, encoded_record, pixel_record, read_record
+
+log = logging.getLogger("make_lmdb")
+
+CHUNK = 256  # list entries written in one transaction: what a killed run loses at most
+AHEAD = 2  # chunks that are decoded before they are written
+STATE = "make_lmdb.json"  # beside data.mdb: what the database is made from
+JPEG_QUALITY = 95
+LONGEST_KEY = 500  # LMDB allows 511 bytes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
+class Entry(NamedTuple):
+    """A line of the list."""
+
+    path: str
+    label: int
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Make or check the database that the command line names; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("list", metavar="LIST", help="text file of lines 'path label'")
+    parser.add_argument("out", metavar="OUT.lmdb", help="folder of the database")
+    parser.add_argument("--root", metavar="DIR", default="",
+                        help="folder that the list's paths start from")
+    parser.add_argument("--resize", metavar="PIXELS", type=int,
+                        help="make every image PIXELS x PIXELS (default: leave its size)")
+    parser.add_argument("--shuffle", action="store_true", help="store the images in random order")
+    parser.add_argument("--seed", type=int, default=0, help="of the order (default: 0)")
+    parser.add_argument("--encoded", action="store_true",
+                        help="store image files, a tenth of the size, for a Caffe with OpenCV")
+    parser.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(),
+                        help="threads that decode (default: one per core)")
+    parser.add_argument("--check", action="store_true",
+                        help="read OUT.lmdb back and compare it with LIST")
+    guarded.log_to_stderr()
+    return guarded.command_line(_run, parser.parse_args(argv), parser.prog)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.workers < 1:
+        raise ValueError("--workers must be at least 1")
+    if arguments.resize is not None and arguments.resize < 1:
+        raise ValueError("--resize must be at least 1 pixel")
+    entries = read_list(arguments.list)
+    if arguments.check:
+        check(arguments.out, entries)
+        return
+    settings = {"resize": arguments.resize, "encoded": arguments.encoded,
+                "shuffle": arguments.shuffle, "seed": arguments.seed if arguments.shuffle else None}
+    make(entries, arguments.out, arguments.root, settings, arguments.workers)
+
+
+def read_list(path: str) -> List[Entry]:
+    """Return the entries of a list of lines 'path label'; a path may hold blanks.
+
+    Raises ValueError naming file and line where a line is something else.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError("%s: cannot read the list (%s)" % (path, error)) from error
+    entries = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        image, _, label = line.strip().rpartition(" ")
+        if not image or not label.isdigit():
+            raise ValueError("%s: line %d is not 'path label': %s" % (path, number, line))
+        entries.append(Entry(image.strip(), int(label)))
+    if not entries:
+        raise ValueError("%s: the list is empty" % path)
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------
+# Making
+# ---------------------------------------------------------------------------------------------
+
+def make(entries: Sequence[Entry], out: str, root: str, settings: Dict[str, Any],
+         workers: int) -> Dict[str, Any]:
+    """Write the images of `entries` into the database `out` and return its final state.
+
+    `settings` are resize (pixels or None), encoded, shuffle and seed.  Entry number i of the
+    stored order has the key '%08d_path'; images that cannot be read are reported and left out.
+    Raises ValueError where `out` holds something else, or where no image can be read.
+    """
+    state: Dict[str, Any] = {"list_sha256": _list_hash(entries), "settings": settings}
+    if _finished(out, state):
+        log.info("%s is complete already", out)
+        return results.read_json(os.path.join(out, STATE))
+    stored = _in_stored_order(entries, settings)
+    first = _first_to_write(out)
+    if first:
+        log.info("%s holds the first %d images already: going on there", out, first)
+    try:
+        _write_chunks(out, stored, first, _encoder(root, settings), workers)
+    except lmdb.Error as error:
+        raise ValueError("%s: cannot write the database (%s)" % (out, error)) from error
+    broken = _missing(out, stored)
+    state.update(complete=True, images=len(stored) - len(broken), broken=broken)
+    results.write_json(os.path.join(out, STATE), state)
+    log.info("%s: %d images, %d could not be read", out, state["images"], len(broken))
+    return state
+
+
+def _list_hash(entries: Sequence[Entry]) -> str:
+    text = "".join("%s %d\n" % (entry.path, entry.label) for entry in entries)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _in_stored_order(entries: Sequence[Entry], settings: Dict[str, Any]) -> List[Entry]:
+    if not settings["shuffle"]:
+        return list(entries)
+    # RandomState, not Generator: numpy promises that its stream never changes.
+    order = np.random.RandomState(settings["seed"]).permutation(len(entries))
+    return [entries[place] for place in order]
+
+
+def _finished(out: str, state: Dict[str, Any]) -> bool:
+    """Whether `out` is complete; prepare its folder where there is nothing yet."""
+    path = os.path.join(out, STATE)
+    if os.path.isdir(out) and os.listdir(out):
+        if not os.path.exists(path):
+            raise ValueError("%s: holds files that this program did not make" % out)
+        found = results.read_json(path)
+        for name in ("list_sha256", "settings"):
+            if found.get(name) != state[name]:
+                raise ValueError("%s: was made from another list or with other options (%s): "
+                                 "remove it first" % (out, found.get("settings")))
+        return bool(found.get("complete"))
+    os.makedirs(out, exist_ok=True)
+    results.write_json(path, state)
+    return False
+
+
+def _first_to_write(out: str) -> int:
+    """The list entry at which to go on: the first behind the last chunk that was committed."""
+    if not os.path.exists(os.path.join(out, "data.mdb")):
+        return 0
+    with lmdb.open(out, map_size=MAP_BYTES) as environment, environment.begin() as transaction:
+        cursor = transaction.cursor()
+        last = _place(cursor.key()) if cursor.last() else -CHUNK
+    return (last // CHUNK + 1) * CHUNK
+
+
+def _write_chunks(out: str, stored: Sequence[Entry], first: int,
+                  encode: Callable[[Entry], bytes], workers: int) -> None:
+    """Write entries from number `first` on, a transaction for each chunk.
+
+    The database is opened anew for every chunk: which free pages LMDB takes depends on what it
+    remembers of earlier transactions, and a resumed run must come to the same bytes.
+    """
+    _keep_freed_memory()
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # our own threads use the cores
+    pool = ThreadPoolExecutor(workers)
+    chunks: Deque[Tuple[int, List[Future]]] = collections.deque()
+    starts = iter(range(first, len(stored), CHUNK))
+    try:
+        with tqdm(total=len(stored), initial=min(first, len(stored)), unit=" images",
+                  disable=None) as bar:
+            while True:
+                while len(chunks) < AHEAD:
+                    start = next(starts, None)
+                    if start is None:
+                        break
+                    chunks.append((start, [pool.submit(encode, entry)
+                                           for entry in stored[start:start + CHUNK]]))
+                if not chunks:
+                    break
+                _write_chunk(out, stored, *chunks.popleft(), bar)
+    finally:
+        for _, futures in chunks:
+            for future in futures:
+                future.cancel()
+        pool.shutdown()
+        cv2.setNumThreads(threads)
+
+
+def _write_chunk(out: str, stored: Sequence[Entry], start: int, futures: Sequence[Future],
+                 bar: Any) -> None:
+    # metasync=False: a power failure may lose the last transaction, never the database.
+    with lmdb.open(out, map_size=MAP_BYTES, metasync=False) as environment, \
+            environment.begin(write=True) as transaction:
+        for place, future in enumerate(futures, start):
+            try:
+                record = future.result()
+            except (ValueError, OSError) as error:
+                log.warning("left out: %s", error)
+            else:
+                transaction.put(_key(place, stored[place].path), record, append=True)
+            bar.update()
+
+
+def _keep_freed_memory() -> None:
+    """Make malloc reuse what is freed instead of handing it back to the kernel.
+
+    By default every image and every record that LMDB holds until its commit is fresh memory, and
+    the page faults for it cost more than all else that writing does.  glibc only.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def _encoder(root: str, settings: Dict[str, Any]) -> Callable[[Entry], bytes]:
+    """Return the function that makes an entry's record."""
+    size, encoded = settings["resize"], settings["encoded"]
+
+    def encode(entry: Entry) -> bytes:
+        path = os.path.join(root, entry.path)
+        with open(path, "rb") as file:
+            content = file.read()
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) \
+            if content else None
+        if image is None:
+            raise ValueError("%s: not an image that OpenCV can read" % path)
+        if size:
+            image = cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
+        if not encoded:
+            # cv2.split is a hundred times as fast as copying a transposed array.
+            return pixel_record(np.stack(cv2.split(image)), entry.label)
+        if size:
+            quality = (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY)
+            content = cv2.imencode(".jpg", image, quality)[1].tobytes()
+        return encoded_record(content, entry.label)
+
+    return encode
+
+
+def _key(place: int, path: str) -> bytes:
+    return (b"%08d_" % place + path.encode("utf-8"))[:LONGEST_KEY]
+
+
+def _place(key: bytes) -> int:
+    return int(bytes(key).split(b"_", 1)[0])
+
+
+def _missing(out: str, stored: Sequence[Entry]) -> List[str]:
+    """The paths of entries that are not in the database.
+
+    Raises ValueError where that is all of them.
+    """
+    with lmdb.open(out, map_size=MAP_BYTES) as environment, environment.begin() as transaction:
+        held = {_place(key) for key in transaction.cursor().iternext(keys=True, values=False)}
+    if not held:
+        raise ValueError("%s: none of the %d images could be read" % (out, len(stored)))
+    return [entry.path for place, entry in enumerate(stored) if place not in held]
+
+
+# ---------------------------------------------------------------------------------------------
+# Checking
+# ---------------------------------------------------------------------------------------------
+
+def check(out: str, entries: Sequence[Entry]) -> None:
+    """Read every record of `out` and compare its key and label with the list it was made from.
+
+    Raises ValueError naming the first record that is unreadable, misplaced or wrongly labelled.
+    """
+    state = results.read_json(os.path.join(out, STATE))
+    if state["list_sha256"] != _list_hash(entries):
+        raise ValueError("%s: was made from another list" % out)
+    if not state.get("complete"):
+        raise ValueError("%s: is not complete: run the command again without --check" % out)
+    stored = _in_stored_order(entries, state["settings"])
+    shapes: Dict[Tuple[int, ...], int] = collections.Counter()
+    for place, shape in _checked_shapes(out, stored):
+        shapes[shape] += 1
+        size = state["settings"]["resize"]
+        if size and shape[1:] != (size, size):
+            raise ValueError("%s: record %d is %d x %d pixels"
+                             % (out, place, shape[1], shape[2]))
+    count = sum(shapes.values())
+    if count != state["images"]:
+        raise ValueError("%s: holds %d images of %d" % (out, count, state["images"]))
+    usual = max(shapes, key=lambda shape: shapes[shape])
+    log.info("%s: %d images as in the list, %d could not be read when it was made; %d of them are "
+             "%d x %d x %d", out, count, len(state["broken"]), shapes[usual], *usual)
+
+
+def _checked_shapes(out: str, stored: Sequence[Entry]) -> Iterator[Tuple[int, Tuple[int, ...]]]:
+    """Yield place and shape (channels, height, width) of every record."""
+    with ImageDatabase(out) as database:
+        for key, record in tqdm(database.records(), total=len(database), unit=" images",
+                                disable=None):
+            place = _place(key.encode("utf-8"))
+            pixels, label = read_record(record, "%s: record %s" % (out, key))
+            if place >= len(stored) or label != stored[place].label:
+                raise ValueError("%s: record %s has the label %d, which the list does not give it"
+                                 % (out, key, label))
+            yield place, pixels.shape
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
