@@ -9,16 +9,22 @@ project therefore run Caffe in a child process (`in_child`), turn whatever ends 
 import argparse
 import contextlib
 import ctypes
+import faulthandler
 import logging
 import multiprocessing
 import os
+import pickle
 import re
+import secrets
 import signal
 import sys
 import tempfile
 import threading
-from typing import Any, Callable, Iterator, List, Optional
+import traceback
+from multiprocessing import resource_tracker
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
+PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1  # prctl's option: the signal that a process gets when its parent ends
 
 
@@ -26,22 +32,28 @@ class ChildDied(ValueError):
     """The child process ended without an answer; the message holds Caffe's own last words."""
 
 
+class InChild(Exception):
+    """The cause of an error that a child raised: where it did, as a traceback's text."""
+
+
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
     """Yield a temporary name beside `path`; rename it to `path` only if the block succeeds.
 
-    A file that existed stays whole until the new one is, whatever happens in between.
-    Raises OSError naming the folder where it cannot be written.
+    A file that existed stays whole until the new one is, whatever happens in between; a link to a
+    file stays a link.  Raises ValueError or OSError naming the path where it cannot be written.
     """
-    folder, name = os.path.split(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(prefix="." + name + ".", suffix=".part", dir=folder)
-    os.close(handle)
+    _check_place(path)
+    target = os.path.realpath(path)
+    folder, name = os.path.split(target)
+    temporary = os.path.join(folder, ".%s.%s.part" % (name[:200], secrets.token_hex(8)))
+    # 0o666 less the umask, which the kernel takes off: as any new file of the user's
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
@@ -49,16 +61,21 @@ def replacing(path: str) -> Iterator[str]:
 
 def check_writable(path: str) -> None:
     """Raise ValueError now, not after minutes of work, where `path` cannot be written."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise ValueError("%s: the folder %s does not exist" % (path, folder))
-    if os.path.isdir(path):
-        raise ValueError("%s is a folder, not a file to write" % path)
+    _check_place(path)
+    folder = os.path.dirname(os.path.realpath(path))
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ValueError("%s: cannot write there (%s)" % (path, error.strerror)) from error
+
+
+def _check_place(path: str) -> None:
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise ValueError("%s: the folder %s does not exist" % (path, folder))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("%s is a folder or device, not a file to write" % path)
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -68,23 +85,24 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     decides what to do.  What Caffe prints on file descriptor 2 is kept from the terminal.
     Raises what the child raised, or ChildDied (a ValueError) where it aborted or was killed.
     """
-    context = multiprocessing.get_context(_start_method())
+    context: Any = multiprocessing.get_context(_start_method())
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile(prefix="caffe.", suffix=".log") as log:
-        child = context.Process(target=_child_main, args=(sender, log.name, function, arguments))
-        child.start()
-        sender.close()
-        with _signals_passed_to(child.pid):
+        child = context.Process(target=_child_main,
+                                args=(sender, os.getpid(), log.name, function, arguments))
+        with _PassedOn() as signals:
+            signals.start(child)
+            sender.close()
             try:
-                succeeded, answer = receiver.recv()
+                answer, error, where = receiver.recv()
             except EOFError:
                 child.join()
-                if child.exitcode in (-signal.SIGINT, -signal.SIGTERM):
+                if signals.received:
                     raise KeyboardInterrupt from None
                 raise ChildDied(_last_words(log.name, child.exitcode)) from None
             child.join()
-    if not succeeded:
-        raise answer
+    if error is not None:
+        raise error from InChild(where)
     return answer
 
 
@@ -126,39 +144,91 @@ def _start_method() -> str:
     return "fork" if alone and sys.platform.startswith("linux") else "spawn"
 
 
-def _child_main(sender: Any, log: str, function: Callable[..., Any], arguments: tuple) -> None:
+def _child_main(sender: Any, parent: int, log: str, function: Callable[..., Any],
+                arguments: tuple) -> None:
     die_with_parent()
+    if os.getppid() != parent:
+        os._exit(1)  # it ended before the kernel was asked
     os.setpgid(0, 0)  # so that Ctrl-C reaches the parent alone, which passes it on once
-    terminal = os.dup(2)
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 2)
-    sys.stderr = os.fdopen(terminal, "w", buffering=1)
+    _keep_from_terminal(log)
+    faulthandler.disable()  # a forked child has its parent's; an abort is told in one line
+    answer: Tuple[Any, Optional[BaseException], str]
     try:
-        answer = (True, function(*arguments))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        answer = (function(*arguments), None, "")
     except BaseException as error:  # the parent decides what to show of it
-        answer = (False, error)
-    sender.send(answer)
+        answer = (None, error, "\n" + traceback.format_exc())
+    sender.send_bytes(_pickled(answer))
     sender.close()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # Caffe's destructors may crash after the work is done
 
 
-@contextlib.contextmanager
-def _signals_passed_to(process_id: Optional[int]) -> Iterator[None]:
-    def pass_on(number: int, _: Any) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process_id or 0, number)
+def _keep_from_terminal(log: str) -> None:
+    """Send file descriptor 2, where libraries write, to a file; sys.stderr stays the terminal."""
+    before, terminal = sys.stderr, os.dup(2)
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = os.fdopen(terminal, "w", buffering=1)
+    for handler in logging.getLogger().handlers:  # a forked child has its parent's
+        if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+            handler.setStream(sys.stderr)
+
+
+def _pickled(answer: tuple) -> bytes:
+    """The bytes of an answer, or of a plain error where it cannot be packed."""
+    error = answer[1]
     try:
-        before = {number: signal.signal(number, pass_on)
-                  for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals do not arrive here
-        before = {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+        packed = pickle.dumps(answer)
+        if error is not None:
+            pickle.loads(packed)  # some exceptions pack but do not unpack
+        return packed
+    except Exception as problem:
+        kind = next((base for base in (ValueError, OSError) if isinstance(error, base)),
+                    RuntimeError)
+        return pickle.dumps((None, kind(str(error or problem)), answer[2]))
+
+
+class _PassedOn:
+    """Signals that go to a child instead of ending this process; held until there is one."""
+
+    def __init__(self) -> None:
+        self.received: List[int] = []
+        self._child: Optional[int] = None
+        self._before: Dict[int, Any] = {}
+
+    def __enter__(self) -> "_PassedOn":
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            self._before = {number: signal.signal(number, self._receive) for number in PASSED_ON}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def start(self, child: Any) -> None:
+        """Start a child that holds signals until it can act on them, and send it all there are."""
+        resource_tracker.getfd()  # now: starting it lets signals in
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+        try:
+            child.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        self._child = child.pid
+        for number in self.received:
+            self._send(number)
+
+    def _receive(self, number: int, _: Any) -> None:
+        self.received.append(number)
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        if self._child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._child, number)
 
 
 def _last_words(log: str, exit_code: Optional[int]) -> str:
@@ -175,9 +245,3 @@ def _last_words(log: str, exit_code: Optional[int]) -> str:
         return "Caffe crashed (%s)%s" % (signal.Signals(-exit_code).name,
                                          ": " + lines[-1] if lines else "")
     return "the work ended without a result" + (": " + lines[-1] if lines else "")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
