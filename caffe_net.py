@@ -248,8 +248,7 @@ def segments(working: WorkingNet, stop_types: Sequence[str]) -> List[Segment]:
     """Cut a net at every layer of `stop_types` that has parameters of its own."""
     runs: List[List[Layer]] = []
     for layer in working.layers:
-        stops = layer.type in stop_types and len(layer.blobs) > 0
-        if stops or not runs or _stops(runs[-1][0], stop_types):
+        if stops(layer, stop_types) or not runs or stops(runs[-1][0], stop_types):
             runs.append([])
         if layer.type == "Input":
             continue
@@ -268,13 +267,14 @@ def segments(working: WorkingNet, stop_types: Sequence[str]) -> List[Segment]:
         later = {blob for read in reads[number + 1:] for blob in read}
         made = list(dict.fromkeys(top for layer in run for top in layer.tops))
         cut.append(Segment(run[0].position, run[-1].position,
-                           run[0] if _stops(run[0], stop_types) else None, reads[number],
+                           run[0] if stops(run[0], stop_types) else None, reads[number],
                            [blob for blob in made if blob in later],
                            [blob for blob in reads[number] if blob not in later]))
     return cut
 
 
-def _stops(layer: Layer, stop_types: Sequence[str]) -> bool:
+def stops(layer: Layer, stop_types: Sequence[str]) -> bool:
+    """Whether the walk stops at a layer."""
     return layer.type in stop_types and len(layer.blobs) > 0
 
 

@@ -8,7 +8,7 @@ rate: weights from data (section 3.3), outputs of every channel with mean beta a
         --data 'photos/*.jpg' --type kmeans --calibrate --figure caffenet.png
 """
 import argparse
-import json
+import itertools
 import logging
 import os
 import sys
@@ -16,6 +16,7 @@ import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
+from google.protobuf import text_format
 from tqdm import tqdm
 
 import caffe_net
@@ -26,6 +27,8 @@ import rescale
 import results
 import weights
 from caffe_net import BlobStore, Layer, Statistics, Stop, WorkingNet
+from rescale import ChangeRates
+from scales import ScaleGraph
 
 log = logging.getLogger("magic_init")
 
@@ -38,6 +41,8 @@ UNSCALED_STD = 0.01
 CONSTANT = 1e-10
 # Rates within this factor of each other are equal; measuring again would not tell.
 EQUAL = 1.05
+# Standard error of layers' log rates, from batch to batch, below which measuring ends.
+UNCERTAIN = 0.02
 # A rescaled net's outputs may differ by this part of their std.
 TOLERANCE = 1e-3
 PATCH_BYTES = 1 << 29
@@ -48,7 +53,7 @@ class LayerRecord(NamedTuple):
     name: str
     type: str
     weights: str
-    count: int
+    size: int
     mean: float
     std: float
     dead: int
@@ -74,7 +79,8 @@ def set_weights(stop: Stop, working: WorkingNet, batches: int, kind: str, within
     gaussian = kind in ("gaussian", "elwise")
     geometry = caffe_net.geometry(layer)
     if gaussian or geometry is None:
-        weights.gaussian_into(layer.weights, rng, 1.0 if within else UNSCALED_STD)
+        layer.weights[...] = weights.gaussian(layer.weights.shape, rng,
+                                              1.0 if within else UNSCALED_STD)
         if gaussian or layer.type == "InnerProduct":
             return "gaussian"
         return "gaussian (%s is for 2-D convolutions)" % kind
@@ -232,36 +238,474 @@ def _check_output(record: LayerRecord) -> None:
 # ---------------------------------------------------------------------------------------------
 
 class Calibration(NamedTuple):
-    """Change rates before and after, the log scales that made the difference, and rounds."""
-    before: rescale.ChangeRates
-    after: rescale.ChangeRates
-    solution: rescale.Solution
-    rounds: int
+    """Change rates before and after, and the log scales of blobs that made the difference.
+
+    `definition` is the changed definition, None where it stays as it is, `changes` says what
+    changed in it, and `difference` is that of the outputs before and after, over their std.
+    """
+    before: ChangeRates
+    after: ChangeRates
+    log_scales: np.ndarray
+    definition: Any = None
+    changes: Sequence[str] = ()
+    difference: Optional[float] = None
 
 
-def calibrate(graph: Any, forward: Callable[[], None], alpha: float, iterations: int,
-              rng: np.random.Generator, step: Callable[[], Any]) -> Calibration:
-    """Algorithm 2 on a net that starts from scratch: measure, rescale by alpha, measure again.
+def measure_in_turns(graph: ScaleGraph, forward: Callable[[], None], alpha: float,
+                     iterations: int, rng: np.random.Generator,
+                     step: Callable[[], Any]) -> Tuple[Calibration, ChangeRates]:
+    """Algorithm 2 on a net from scratch: measure, rescale by alpha, measure again.
 
     The net holds one batch already; `forward` runs the next.  What earlier rounds measured counts
     in later ones, in closed form.  Ends when all layers' rates are within EQUAL or no closer.
+    Returns also all that was measured, at the final scales.
     """
-    may_divide = rescale.dividable(graph, outputs_too=False)
-    before = measured = rescale.measure(graph, rng)
+    before = after = measured = rescale.measure(graph, rng)
     total = np.zeros(graph.variables)
-    solution = rescale.Solution(total, [])
-    after, rounds = before, 0
-    while rounds < iterations and (rounds == 0 or rescale.spread(after.by_layer()) > EQUAL):
-        solution = rescale.solve(graph, measured, may_divide)
-        scales = alpha * solution.log_scales
+    for number in range(iterations):
+        scales = alpha * rescale.solve(graph, measured, set()).log_scales
         rescale.apply_to_weights(graph, scales)
-        total = total + scales
-        step()
+        total += scales
         forward()
         last, after = after, rescale.measure(graph, rng)
         measured = measured.rescaled(rescale.log_factors(graph, scales)).joined(after)
-        rounds += 1
-        if alpha == 1 and rounds > 1 and (rescale.spread(after.by_layer())
-                                          >= rescale.spread(last.by_layer())):
+        step()
+        log.debug("round %d: %.4g", number, rescale.spread(after.by_layer()))
+        closest = rescale.spread(after.by_layer())
+        if closest < EQUAL or (number and closest >= rescale.spread(last.by_layer())):
             break
-    return Calibration(before, after, solution._replace(log_scales=total), rounds)
+    return Calibration(before, after, total), measured
+
+
+def between_layers(session: "Session", arguments: argparse.Namespace, loaded: bool,
+                   output: str) -> Calibration:
+    """Make all layers train at one rate and save the weights in `output`.
+
+    A net from scratch is measured and rescaled in turns.  One with loaded weights keeps its
+    function exactly, and so does one from scratch in which layers that are not homogeneous hold
+    the rates apart, so that it needs auxiliary Power layers.
+    """
+    graph = ScaleGraph(session.working)
+    if not arguments.calibrate:
+        rates = rescale.measure(graph, session.rng)
+        session.working.net.save(output)
+        return Calibration(rates, rates, np.zeros(graph.variables))
+    if loaded:
+        rates = measure_enough(session, graph)
+        done = Calibration(rates, rates, np.zeros(graph.variables))
+    else:
+        turns = itertools.cycle(range(session.batches))
+        with session.bar("between layers", arguments.iterations) as bar:
+            done, rates = measure_in_turns(graph, lambda: session.forward(next(turns)),
+                                           arguments.alpha, arguments.iterations, session.rng,
+                                           bar.update)
+    may_divide = rescale.dividable(graph, outputs_too=loaded)
+    if not loaded and (not may_divide or rescale.spread(done.after.by_layer()) < rescale.GOAL):
+        session.working.net.save(output)
+        return done
+    exact = rescale_exactly(session, graph, rates, may_divide, arguments.alpha, output)
+    return exact._replace(before=done.before, log_scales=done.log_scales + exact.log_scales)
+
+
+def measure_enough(session: "Session", graph: ScaleGraph) -> ChangeRates:
+    """Return change rates from as many batches as their layers' ratios need, or all there are.
+
+    The batch held back for the check is left out where there is more than one.
+    """
+    batches = [batch for batch in range(session.batches) if batch != session.check] or [0]
+    rates: Optional[ChangeRates] = None
+    with session.bar("between layers", len(batches)) as bar:
+        for batch in batches:
+            session.forward(batch)
+            draw = rescale.measure(graph, session.rng)
+            rates = draw if rates is None else rates.joined(draw)
+            bar.update()
+            if rates.uncertainty() < UNCERTAIN:
+                break
+    assert rates is not None
+    return rates
+
+
+def rescale_exactly(session: "Session", graph: ScaleGraph, rates: ChangeRates,
+                    may_divide: Set[str], alpha: float, output: str) -> Calibration:
+    """Make change rates equal without changing the net's function; save weights in `output`.
+
+    Then the changed definition with the saved weights is run beside the old net on held-back
+    images, and its rates are measured on them.
+    """
+    session.forward(session.check)
+    held = session.working.hold()
+    expected = {name: np.array(session.working.blob(name).data)
+                for name in session.working.outputs}
+    solution = rescale.solve(graph, rates, may_divide)
+    solution = solution._replace(log_scales=alpha * solution.log_scales)
+    rescale.apply_to_weights(graph, solution.log_scales)
+    session.working.net.save(output)
+    definition = type(session.definition)()
+    definition.CopyFrom(session.definition)
+    changes = rescale.apply_to_definition(definition, graph, solution)
+    rescaled = session.build(definition, session.feed is not None)
+    rescaled.net.copy_from(output)
+    rescaled.replay(held)
+    difference = rescale.worst_difference(
+        expected, {name: rescaled.blob(name).data for name in expected})
+    after = rescale.measure(ScaleGraph(rescaled), session.rng)
+    return Calibration(rates, after, solution.log_scales, definition if changes else None, changes,
+                       difference)
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole of it
+# ---------------------------------------------------------------------------------------------
+
+class Result(NamedTuple):
+    """What the child process has found, for the parent to show and write.
+
+    `rates` and `variations` are (before, after) pairs by layer; `definition` is the text of the
+    changed definition, None where it stays as it is; `difference` compares the outputs of the net
+    before and after, over their std, on held-back images.
+    """
+    records: List[LayerRecord]
+    rates: Dict[str, Tuple[float, float]]
+    variations: Dict[str, Tuple[float, float]]
+    images: int
+    notes: List[str]
+    changes: List[str]
+    definition: Any
+    difference: Optional[float]
+    seconds: Dict[str, float]
+    provenance: Dict[str, Any]
+
+
+class Session:
+    """A net at work: what it measures on, which images it sees, and the seconds that phases took.
+
+    Batches 0 to `batches` - 1 of images are for statistics; batch `check` is held back from the
+    change rates to check a rescaled net on.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, paths: Sequence[str]) -> None:
+        self.rng = np.random.default_rng(arguments.seed)
+        self.seconds: Dict[str, float] = {}
+        self._clock = time.perf_counter()
+        self._quiet = arguments.quiet or not sys.stderr.isatty()
+        caffe_net.use_device(arguments.device)
+        definitions.import_caffe().set_random_seed(arguments.seed)
+        self.definition = definitions.read_definition(arguments.prototxt)
+        self.size, self.batches = arguments.batch_size, arguments.batches
+        if paths:
+            self.size, self.batches = batches_of(len(paths), self.size, self.batches)
+        self.working = self.build(self.definition, bool(paths))
+        self.feed: Optional[caffe_net.ImageFeed] = None
+        self.check = self.batches - 1
+        if self.working.image is not None:
+            chosen = self.rng.permutation(len(paths))[:(self.batches + 1) * self.size]
+            self.feed = caffe_net.ImageFeed([paths[number] for number in chosen],
+                                            self.working.image.shape, arguments.mean,
+                                            arguments.scale)
+            self.check = self.feed.batches - 1
+        else:
+            self.size = len(self.working.blob(self.working.outputs[0]).data)
+        self.lap("set up")
+
+    def build(self, definition: Any, with_images: bool) -> WorkingNet:
+        return WorkingNet(*definitions.working_definition(
+            definition, self.size if with_images else None))
+
+    def put(self, batch: int) -> None:
+        """Put a batch of images into the net."""
+        assert self.feed is not None and self.working.image is not None
+        self.feed.load(batch, self.working.blob(self.working.image.blob).data)
+
+    def forward(self, batch: int) -> None:
+        """Run the net on a batch of images, or on the next one of its own data layers."""
+        if self.feed is not None:
+            self.put(batch)
+        self.working.forward()
+
+    def lap(self, phase: str) -> None:
+        """Book the seconds since the last call on a phase."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._clock
+        self._clock = now
+
+    def bar(self, phase: str, total: int) -> Any:
+        return tqdm(total=total, desc=phase, disable=self._quiet, file=sys.stderr, leave=False)
+
+
+def batches_of(images: int, batch_size: int, batches: int) -> Tuple[int, int]:
+    """Return size and number of batches that use as many images as were asked for and are there.
+
+    >>> batches_of(20, 16, 10)
+    (10, 2)
+    """
+    count = min(batches, -(-images // batch_size))
+    return min(batch_size, images // count), count
+
+
+def work(arguments: argparse.Namespace, paths: Sequence[str], output: str) -> Result:
+    """Initialise or rescale as the command line asks and save the weights in `output`.
+
+    Runs in a child process: Caffe may abort.  Raises ValueError for whatever a user can cause.
+    """
+    session = Session(arguments, paths)
+    working = session.working
+    fresh = _load(working, arguments.load, arguments.zero)
+    notes = [note for layer in working.layers for note in _filler_notes(layer, fresh)]
+    plan = Plan(fresh, arguments.type, arguments.within, arguments.bias, session.batches)
+    store = BlobStore(arguments.mem_limit * 1e6)
+    stops = sum(caffe_net.stops(layer, STOPS) for layer in working.layers)
+    with session.bar("within layers", stops) as bar:
+        records = initialise(working, plan, store, session.put, session.rng, bar.update)
+    if store.spooled_bytes:
+        notes.append("%.0f MB of blobs went through a temporary file (--mem-limit %g)"
+                     % (store.spooled_bytes / 1e6, arguments.mem_limit))
+    session.lap("within layers")
+    loaded = any(record.weights == "loaded" for record in records)
+    found = between_layers(session, arguments, loaded, output)
+    session.lap("between layers")
+    graph = ScaleGraph(working)
+    notes += ["layer type %s is not in the table of scales: its blobs keep theirs" % kind
+              for kind in sorted(set(graph.unknown_types))]
+    names = [scaled.layer.name for scaled in rescale.owners(graph.affine)]
+    return Result([_written(record, graph, found.log_scales) for record in records],
+                  _pairs(names, found.before.by_layer(), found.after.by_layer()),
+                  _pairs(names, found.before.variation(), found.after.variation()),
+                  session.batches * session.size, notes, list(found.changes),
+                  None if found.definition is None else text_format.MessageToString(
+                      found.definition),
+                  found.difference, session.seconds,
+                  results.provenance(arguments.seed, arguments.argv))
+
+
+def _load(working: WorkingNet, path: Optional[str], zero: bool) -> Set[str]:
+    """Load a caffemodel; return the layers that it leaves to initialise, with `zero` all.
+
+    Raises ValueError naming the layer and both shapes where they do not fit, or the file where it
+    has none of the net's layers.
+    """
+    own = {layer.name: layer for layer in working.layers if len(layer.blobs)}
+    if path is None:
+        return set(own)
+    found = definitions.read_weights(path)
+    for name in own.keys() & found.keys():
+        expected = [tuple(blob.data.shape) for blob in own[name].blobs]
+        sizes = [int(np.prod(shape)) for shape in found[name]]
+        if sizes != [int(np.prod(shape)) for shape in expected]:
+            raise ValueError("%s: layer '%s' has blobs of shapes %s there, %s in this net"
+                             % (path, name, found[name], expected))
+    if not own.keys() & found.keys():
+        raise ValueError("%s: has none of this net's layers" % path)
+    working.net.copy_from(path)
+    return set(own) if zero else own.keys() - found.keys()
+
+
+def _filler_notes(layer: Layer, fresh: Set[str]) -> List[str]:
+    """A line for a layer with parameters that no part of the method sets."""
+    if layer.name not in fresh or caffe_net.is_affine(layer) or layer.type == "BatchNorm":
+        return []
+    return ["layer '%s' (%s) keeps the values of its own filler" % (layer.name, layer.type)]
+
+
+def _written(record: LayerRecord, graph: ScaleGraph, log_scales: np.ndarray) -> LayerRecord:
+    """A record with the output's mean and std after the blobs got their scales."""
+    form = next(one.scale_out for one in graph.affine if one.layer.name == record.name)
+    scale = float(np.exp(rescale.value(form, log_scales)))
+    return record._replace(mean=record.mean * scale, std=record.std * scale)
+
+
+def _pairs(names: Sequence[str], before: np.ndarray,
+           after: np.ndarray) -> Dict[str, Tuple[float, float]]:
+    return {name: (float(one), float(two)) for name, one, two in zip(names, before, after)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Initialise a net as the command line asks; return the exit status."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)
+    guarded.log_to_stderr(arguments.quiet)
+    return guarded.command_line(run, arguments, parser.prog)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check what can be checked, do the work in a child process, write files and the table."""
+    started = time.perf_counter()
+    beside = os.path.splitext(arguments.output)[0] + ".prototxt"
+    _check_paths(arguments, beside)
+    paths = caffe_net.find_images(arguments.data) if arguments.data else []
+    arguments.device = caffe_net.choose_device(arguments.cpu, arguments.gpu)
+    with guarded.replacing(arguments.output) as temporary:
+        found = guarded.in_child(work, arguments, paths, temporary)
+        if found.difference is not None and not found.difference <= TOLERANCE \
+                and not arguments.force:
+            raise ValueError("the rescaled net's outputs differ by %.2g of their std (more than "
+                             "%g): nothing was written; --force writes all the same"
+                             % (found.difference, TOLERANCE))
+        if found.definition is not None:
+            with guarded.replacing(beside) as name, open(name, "w", encoding="utf-8") as file:
+                file.write("".join("# %s\n" % line for line in found.changes) + found.definition)
+    found.seconds["in all"] = time.perf_counter() - started
+    _tell(found, arguments, beside)
+    if arguments.report:
+        results.write_json(arguments.report, _report(found, arguments))
+    if arguments.figure:
+        _draw(found, arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = guarded.Parser(prog="magic_init", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("prototxt", help="definition of the net: deploy or train_val, any dialect")
+    add("output", help="caffemodel to write; OUTPUT.prototxt is written beside it where the "
+        "definition has to change")
+    add("-d", "--data", metavar="GLOB", help="images to initialise from, a pattern or a folder "
+        "(default: the net's own data layer)")
+    add("-l", "--load", metavar="IN", help="caffemodel to start from; layers missing in it are "
+        "initialised")
+    add("-t", "--type", default="gaussian", help="weights: %s (default: gaussian)"
+        % ", ".join(TYPES))
+    add("-b", "--bias", type=_number, default=0.1, help="mean beta of outputs (default: 0.1)")
+    add("-cs", "--calibrate", action="store_true", help="make all layers train at one rate")
+    add("--no-within", dest="within", action="store_false", help="leave weights as drawn, "
+        "without unit variance within layers; Gaussian ones have std %g then" % UNSCALED_STD)
+    add("-z", "--zero", action="store_true", help="initialise loaded layers, too")
+    add("-s", "--scale", type=_number, default=1.0, help="factor on images after the mean is "
+        "subtracted (default: 1)")
+    add("--mean", type=_number, nargs=3, metavar=("B", "G", "R"), default=[104.0, 117.0, 123.0],
+        help="mean colour to subtract (default: 104 117 123)")
+    add("-bs", "--batch-size", type=_count, default=16, help="images a batch (default: 16)")
+    add("-nit", "--batches", type=_count, default=10, help="batches to use (default: 10)")
+    add("--alpha", type=_damping, default=1.0, help="damping of a between-layer step, above 0 to "
+        "1; the paper takes 0.25 and 10 iterations (default: 1)")
+    add("--iterations", type=_count, default=10, help="between-layer steps at most (default: 10)")
+    add("--mem-limit", type=_count, default=3000, metavar="MB", help="memory for blobs of all "
+        "images; what exceeds it goes to a temporary file (default: 3000)")
+    add("--seed", type=_seed, default=0, help="seed of all random numbers (default: 0)")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument("--cpu", action="store_true", help="compute on the CPU")
+    device.add_argument("--gpu", type=_seed, metavar="ID", help="compute on this GPU (default: "
+                        "GPU 0 where this Caffe can, else the CPU)")
+    add("-q", "--quiet", action="store_true", help="only warnings, errors and no table")
+    add("--force", action="store_true", help="write a rescaled net whose outputs differ")
+    add("--report", metavar="FILE", help="JSON file for everything that was measured")
+    add("--figure", metavar="FILE", help="PNG file for the paper's figure 1 of this net")
+    return parser
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not np.isfinite(value) or abs(value) > 1e6:
+        raise argparse.ArgumentTypeError("%s is not a number from -1e6 to 1e6" % text)
+    return value
+
+
+def _count(text: str) -> int:
+    if not 1 <= int(text) <= 10 ** 6:
+        raise argparse.ArgumentTypeError("%s is not a whole number from 1 to 1,000,000" % text)
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not 0 <= int(text) < 2 ** 31:
+        raise argparse.ArgumentTypeError("%s is not a whole number from 0 to 2^31 - 1" % text)
+    return int(text)
+
+
+def _damping(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError("%s is not a number above 0 up to 1" % text)
+    return float(text)
+
+
+def _check_paths(arguments: argparse.Namespace, beside: str) -> None:
+    """Raise ValueError for unknown types and for files that cannot be read or written."""
+    if arguments.type.startswith("fast_"):  # the released tool's quicker variants
+        arguments.type = arguments.type[len("fast_"):]
+    if arguments.type not in TYPES:
+        raise ValueError("unknown type '%s': choose from %s" % (arguments.type, ", ".join(TYPES)))
+    for path in (arguments.prototxt, arguments.load):
+        if path is not None and not os.path.isfile(path):
+            raise ValueError("%s: no such file" % path)
+    for path in (arguments.output, arguments.report, arguments.figure):
+        if path is not None:
+            guarded.check_writable(path)
+    if os.path.exists(beside) and os.path.samefile(beside, arguments.prototxt):
+        raise ValueError("%s would be overwritten if the definition has to change: give OUTPUT "
+                         "another name" % beside)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a person sees
+# ---------------------------------------------------------------------------------------------
+
+def _tell(found: Result, arguments: argparse.Namespace, beside: str) -> None:
+    """Print the table of layers, and log what else a user should know."""
+    for note in found.notes + found.changes:
+        log.info("%s", note)
+    if not arguments.quiet:
+        print("\n".join(_table(found)))
+    if found.difference is not None:
+        log.info("on images held back, outputs differ by %.2g of their std from before",
+                 found.difference)
+    written = [arguments.output]
+    if found.definition is not None:
+        written.append(beside)
+    elif os.path.exists(beside):
+        log.warning("%s is from another run: this one needs no changed definition", beside)
+    log.info("wrote %s from %d images in %.1f s", " and ".join(written), found.images,
+             found.seconds["in all"])
+
+
+def _table(found: Result) -> List[str]:
+    """The lines of the change-rate table: what layers got, and equations 2's rates."""
+    width = max([len(record.name) for record in found.records] + [5])
+    kinds = max([len(record.weights) for record in found.records] + [7])
+    form = "%%-%ds  %%-%ds %%9s %%9s %%11s %%11s %%9s" % (width, kinds)
+    lines = [form % ("layer", "weights", "mean", "std", "rate before", "rate after", "variation")]
+    for record in found.records:
+        rates, variation = found.rates.get(record.name), found.variations.get(record.name)
+        cells = ["%.3g" % number for number in (record.mean, record.std)]
+        cells += ["%.4g" % rate for rate in rates] if rates else ["", ""]
+        lines.append(form % (record.name, record.weights, *cells,
+                             "%.3g" % variation[1] if variation else ""))
+    before, after = zip(*found.rates.values())
+    lines.append("largest over smallest rate: %.4g before, %.4g after" % (
+        rescale.spread(np.array(before)), rescale.spread(np.array(after))))
+    return lines
+
+
+def _report(found: Result, arguments: argparse.Namespace) -> Dict[str, Any]:
+    """Everything that was measured, and what is needed to measure it again."""
+    layers = []
+    for record in found.records:
+        layer = record._asdict()
+        for key, pairs in (("rate", found.rates), ("variation", found.variations)):
+            before, after = pairs.get(record.name, (None, None))
+            layer.update({key + "_before": before, key + "_after": after})
+        layers.append(layer)
+    before, after = zip(*found.rates.values())
+    return {**found.provenance, "definition": arguments.prototxt, "output": arguments.output,
+            "type": arguments.type, "bias": arguments.bias, "images": found.images,
+            "layers": layers, "spread_before": rescale.spread(np.array(before)),
+            "spread_after": rescale.spread(np.array(after)), "changes": found.changes,
+            "notes": found.notes, "output_difference": found.difference,
+            "seconds": found.seconds}
+
+
+def _draw(found: Result, arguments: argparse.Namespace) -> None:
+    """Figure 1 of the paper for this net."""
+    names = list(found.rates)
+    labels = ("before", "after") if arguments.calibrate else ("as initialised",)
+    series = [{label: [pairs[name][number] for name in names]
+               for number, label in enumerate(labels)}
+              for pairs in (found.rates, found.variations)]
+    rate_figure.draw(arguments.figure, os.path.basename(arguments.output), names, *series)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,13 +9,13 @@ point of Algorithm 2, r_k = (C_k / C)^(1/2), reached at once.
 
     python magic_init.py models/caffenet_tiny/deploy.prototxt out.caffemodel -d 'photos/*' -cs
 """
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Set, Tuple
 
 import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-from caffe_net import WorkingNet, address, affine_view
+from caffe_net import address, affine_view
 from scales import AffineScales, Form, ScaleGraph, plus
 
 # Layers' rates within this factor need no auxiliary Power layer.
@@ -23,6 +23,8 @@ GOAL = 1.2
 # How much the blocks of one layer count against the means of layers in `solve`; measured in
 # models/README.md.
 BLOCK_WEIGHT = 0.1
+# Random numbers that a measurement of change rates draws at least.
+LOSSES = 8000
 # Numbers that are squared in one go: what fits a core's cache.
 CHUNK = 1 << 16
 
@@ -79,6 +81,22 @@ class ChangeRates:
             ratio = fourth.sum(axis=0) / (second ** 2).sum(axis=0)
         return np.sqrt(np.maximum(ratio - 1, 0))
 
+    def uncertainty(self) -> float:
+        """Return the largest standard error of the layers' log rates over draws.
+
+        A factor common to all layers does not count; infinite for a single draw.
+        """
+        draws = len(self.gradients)
+        if draws < 2:
+            return np.inf
+        with np.errstate(divide="ignore"):
+            logs = np.log([self._sum(draw) for draw in self.gradients]) / 2
+        logs = logs[:, np.isfinite(logs).all(axis=0)]
+        if not logs.size:
+            return 0.0
+        logs -= logs.mean(axis=1, keepdims=True)
+        return float(logs.std(axis=0, ddof=1).max() / np.sqrt(draws))
+
     def _sum(self, values: np.ndarray) -> np.ndarray:
         return np.bincount(self.layer, values)
 
@@ -102,31 +120,38 @@ def owners(affine: Sequence[AffineScales]) -> List[AffineScales]:
 # ---------------------------------------------------------------------------------------------
 
 def measure(graph: ScaleGraph, rng: np.random.Generator) -> ChangeRates:
-    """Run one backward pass from what the net's blobs hold and return the change rates.
+    """Run backward passes from what the net's blobs hold and return the change rates, one draw.
 
     Every image gets its own eta ~ N(0, I) at every output.  The gradient summed over a batch with
-    independent eta has the sum of the images' squared gradients as its expected square.
+    independent eta has the sum of the images' squared gradients as its expected square, so one
+    pass does where outputs are many; where they are few, the mean over passes is taken until
+    LOSSES random numbers were drawn.
     """
+    size = sum(graph.working.blob(name).data.size for name in graph.working.outputs)
+    images = len(graph.working.blob(graph.working.outputs[0]).data)
+    passes = -(-LOSSES // size)
+    sums = sum(_one_pass(graph, rng) for _ in range(passes)) / passes
+    pairs = [(number, block, scaled) for number, scaled in enumerate(owners(graph.affine))
+             for block in scaled.blocks]
+    parts = [affine_view(scaled.layer, scaled.layer.weights, scaled.in_channels)[
+        block.groups, :, block.inputs] for _, block, scaled in pairs]
+    return ChangeRates(np.array([number for number, _, _ in pairs]),
+                       np.array([part.size for part in parts]),
+                       np.array([_moments(part)[0] for part in parts]),
+                       sums[None, :, 0] / images, sums[None, :, 1] / images ** 2)
+
+
+def _one_pass(graph: ScaleGraph, rng: np.random.Generator) -> np.ndarray:
+    """Sums of squared and fourth power gradients (pairs, 2) of one backward pass."""
     working = graph.working
     for name in working.outputs:
         diff = working.blob(name).diff
         diff[...] = rng.standard_normal(diff.shape, dtype=np.float32)
-    images = len(working.blob(working.outputs[0]).diff)
     working.net.clear_param_diffs()
     working.net._backward(len(working.layers) - 1, 0)
-    columns: List[Tuple[int, int, float, float, float]] = []
-    for number, scaled in enumerate(owners(graph.affine)):
-        blob = scaled.layer.blobs[0]
-        weights = affine_view(scaled.layer, blob.data, scaled.in_channels)
-        gradients = affine_view(scaled.layer, blob.diff, scaled.in_channels)
-        for block in scaled.blocks:
-            part = weights[block.groups, :, block.inputs]
-            square, fourth = _moments(gradients[block.groups, :, block.inputs])
-            columns.append((number, part.size, _moments(part)[0], square / images,
-                            fourth / images ** 2))
-    table = np.array(columns)
-    return ChangeRates(table[:, 0].astype(int), table[:, 1].astype(int), table[:, 2],
-                       table[None, :, 3], table[None, :, 4])
+    return np.array([_moments(affine_view(scaled.layer, scaled.layer.blobs[0].diff,
+                                          scaled.in_channels)[block.groups, :, block.inputs])
+                     for scaled in owners(graph.affine) for block in scaled.blocks])
 
 
 def _moments(array: np.ndarray) -> Tuple[float, float]:
@@ -354,17 +379,12 @@ def _kept_by_layer(graph: ScaleGraph, scaled: AffineScales) -> bool:
                for variable in scaled.scale_out)
 
 
-def worst_difference(first: WorkingNet, second: WorkingNet) -> Tuple[float, Optional[str]]:
-    """Return the largest output difference of two nets over the output's std, and where it is.
-
-    Both nets hold the blobs of a forward pass of the same images; the first one counts.
-    """
-    worst: Tuple[float, Optional[str]] = (0.0, None)
-    for name in first.outputs:
-        expected = first.blob(name).data
-        difference = float(np.abs(second.blob(name).data - expected).max())
-        std = float(expected.std())
+def worst_difference(expected: Dict[str, np.ndarray], found: Dict[str, np.ndarray]) -> float:
+    """Return the largest difference of output blobs, each over the std of the expected one."""
+    worst = 0.0
+    for name, blob in expected.items():
+        difference = float(np.abs(found[name] - blob).max())
+        std = float(blob.std())
         relative = difference / std if std > 0 else (0.0 if difference == 0 else np.inf)
-        if not relative <= worst[0]:
-            worst = (relative, name)
+        worst = relative if not relative <= worst else worst
     return worst
