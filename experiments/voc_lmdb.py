@@ -19,9 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from definitions import caffe_messages
+from image_database import MAP_BYTES
 from voc import Voc, VocLists
 
-MAP_BYTES = 1 << 40  # the most a database may hold; costs address space only
 BATCH = 64  # images per transaction, whose pages LMDB keeps in memory
 
 

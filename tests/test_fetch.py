@@ -1,4 +1,5 @@
 """Fetching against a local server: whole, checked, resumed, unpacked, and what goes wrong."""
+import errno
 import hashlib
 import io
 import json
@@ -334,6 +335,19 @@ def test_unpacking_that_was_interrupted_is_done_again(server, run, tmp_path, mon
     assert sorted(os.listdir(tmp_path / "to")) == ["d", "d.tar"]
     assert run(content, "d.tar", unpacks_to="d")[0] == 0
     assert len(list((tmp_path / "to" / "d").glob("[0-9]"))) == 5
+
+
+def test_a_disk_that_fills_while_unpacking_is_one_line_and_puts_nothing(
+        server, run, tmp_path, monkeypatch):
+    content = _tar([("d/file", b"content")])
+    server.files["/d.tar"] = content
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("fetch.shutil.copyfileobj", full)
+    status, _, err = run(content, "d.tar", unpacks_to="d")
+    assert status == 2 and _last_line(err).endswith("d.tar: No space left on device")
+    assert os.listdir(tmp_path / "to") == ["d.tar"]
 
 
 def _link(name, target, kind=tarfile.SYMTYPE):
