@@ -1,8 +1,8 @@
 """Downloads by HTTP that go on where they were interrupted, for pooch.
 
-    python -c "import download; download.complete('http://localhost:8000/a.tar', 'a.tar')"
+    PYTHONPATH=data python -c "import download; download.complete('http://host/a.tar', 'a.tar')"
 
-Run in data/.  Whether the content is right is for the caller's checksum to say.
+Whether the content is right is for the caller's checksum to say.
 """
 import errno
 import logging
