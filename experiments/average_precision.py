@@ -4,7 +4,7 @@ VOC2007's measure is the mean of the interpolated precision at the 11 recalls 0,
 area under the curve stands beside it.  Source: Everingham et al., The PASCAL Visual Object
 Classes (VOC) Challenge, IJCV 2010, sections 4.2.1 and 4.2.2.
 
-    PYTHONPATH=experiments python -c "import average_precision as a; print(a.eleven_point([0.5, 1], [1, 0.8]))"
+    PYTHONPATH=experiments python -c "import average_precision as a; print(a.envelope([0.5, 1]))"
 """
 from typing import NamedTuple, Sequence, Tuple
 

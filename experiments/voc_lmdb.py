@@ -4,7 +4,6 @@ OUT.lmdb holds `data.mdb` (Caffe Datum messages with the image files as they are
 no label) and `ImageSets/Main` (the lists of one split, as in the folder).
 
     python data/make_voc_lmdb.py --voc VOCdevkit/VOC2007 --split trainval build/trainval.lmdb
-    PYTHONPATH=experiments python -c "from voc_lmdb import VocLmdb; print(VocLmdb('build/trainval.lmdb').classes)"
 """
 import contextlib
 import functools
