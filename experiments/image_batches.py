@@ -175,14 +175,21 @@ def _place(room: float, scale: float, rng: np.random.Generator) -> float:
 
 
 def prepared(image: np.ndarray, crops: Crops) -> np.ndarray:
-    """Return an uint8 image (height, width[, channels]) as (image - mean) * factor, channels
-    first."""
-    planes = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
-    mean = np.asarray(crops.mean, np.float32).reshape(-1, 1, 1)
-    blob = np.subtract(planes, mean, dtype=np.float32)
+    """Return an uint8 image (height, width[, channels]) as float32 (image - mean) * factor,
+    channels first.
+
+    Raises ValueError where it has not as many channels as the mean.
+    """
+    planes = cv2.split(image)
+    if len(planes) != len(crops.mean):
+        raise ValueError("an image with %d channels, the mean has %d"
+                         % (len(planes), len(crops.mean)))
+    blob = np.empty((len(planes),) + image.shape[:2], np.float32)
+    for plane, mean, row in zip(planes, crops.mean, blob):
+        np.subtract(plane, np.float32(mean), out=row)
     if crops.factor != 1.0:
         blob *= np.float32(crops.factor)
-    return np.ascontiguousarray(blob)
+    return blob
 
 
 class ImageBatches:
@@ -238,3 +245,33 @@ def make_batches(dataset: str, arguments: Dict[str, Any], crops: Dict[str, Any],
     cv2.setNumThreads(1)  # the cores belong to Caffe and the other workers
     return ImageBatches(named_dataset(dataset, arguments), Crops(**crops), batch_size, seed,
                         broken_limit)
+
+
+class CropsToScore:
+    """Random crops of each image in turn, to average scores over: image `number`'s as a batch.
+
+    The batch of a broken image is empty.
+    """
+
+    def __init__(self, dataset: Any, crops: Crops, count: int, seed: int) -> None:
+        self.dataset = dataset
+        self.crops = crops
+        self.count = count
+        self.seed = seed
+
+    def __call__(self, number: int) -> Batch:
+        """Return the batch: crops (count, channels, height, width)."""
+        try:
+            image = self.dataset.read(number)
+        except ValueError as error:
+            return Batch([np.empty(0, np.float32)], [str(error)])
+        rng = np.random.default_rng([self.seed, 2, number])
+        return Batch([np.stack([random_crop(image, self.crops, rng)
+                                for _ in range(self.count)])], [])
+
+
+def make_crops_to_score(dataset: str, arguments: Dict[str, Any], crops: Crops, count: int,
+                    seed: int) -> CropsToScore:
+    """Return the crops of a data set's images; called in every worker."""
+    cv2.setNumThreads(1)
+    return CropsToScore(named_dataset(dataset, arguments), crops, count, seed)

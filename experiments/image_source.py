@@ -18,7 +18,7 @@ from typing import Any, Dict, Sequence
 
 from definitions import caffe_messages, import_caffe
 from image_batches import Crops, make_batches, named_dataset
-from prefetch import Prefetcher
+from prefetch import ALIGNMENT, Prefetcher
 
 caffe: Any = import_caffe()
 
@@ -40,8 +40,8 @@ class ImageSource(caffe.Layer):
         self.batches = Prefetcher(make_batches, (
             settings["dataset"], settings["arguments"], settings["crops"], batch_size,
             settings["seed"], settings["broken_limit"]), settings["workers"],
-            slot_bytes=sum(4 * blob.count for blob in top) + 64, broken_limit=settings[
-                "broken_limit"])
+            slot_bytes=4 * (top[0].count + top[1].count) + ALIGNMENT,
+            broken_limit=settings["broken_limit"])
         self.started = False
 
     def begin(self, batch: int) -> None:
@@ -61,8 +61,9 @@ class ImageSource(caffe.Layer):
     def forward(self, bottom: Sequence[Any], top: Sequence[Any]) -> None:
         if not self.started:  # Caffe's own tools know no begin()
             self.begin(0)
-        for blob, array in zip(top, self.batches.next()):
-            blob.data[...] = array
+        images, labels = self.batches.next()
+        top[0].data[...] = images
+        top[1].data[...] = labels
 
     def backward(self, *_: Any) -> None:
         pass  # data has no gradient

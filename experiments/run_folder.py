@@ -198,13 +198,16 @@ def sha256(path: str) -> str:
 
 
 def check_same_run(folder: str, repeat: Dict[str, Any]) -> None:
-    """Raise ValueError naming the first setting in which run.json differs from `repeat`."""
+    """Raise ValueError naming the first setting in which run.json differs from `repeat`.
+
+    Files may have moved since: "paths" do not count.
+    """
     path = os.path.join(folder, "run.json")
     if not os.path.exists(path):
         return
     before = results.read_json(path).get("repeat", {})
     for name, value in json.loads(json.dumps(repeat)).items():
-        if before.get(name) != value:
+        if name != "paths" and before.get(name) != value:
             raise ValueError("%s: cannot resume with %s %s, the run began with %s"
                              % (folder, name, value, before.get(name)))
 

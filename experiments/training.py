@@ -75,7 +75,7 @@ class Plan(NamedTuple):
     resume          go on from the folder's last snapshot, where there is one
     gpus            none: the CPU; several: one process each, through NCCL
     settings        what else is needed to repeat the run, JSON values; to resume with others is
-                    an error
+                    an error, but for those in "paths"
     measurement, folding   see there
     """
     net: Any
@@ -437,11 +437,12 @@ def _starting_point(plan: Plan) -> Optional[run_folder.Snapshot]:
 
 
 def _what_repeats(plan: Plan) -> Dict[str, Any]:
-    """The settings that a resumed run must share with the run that it goes on with."""
+    """The settings that a resumed run must share with the run that it goes on with, and paths."""
+    weights = plan.weights and os.path.abspath(plan.weights)
     return {
         **plan.settings,
+        "paths": {**plan.settings.get("paths", {}), "weights": weights},
         "seed": plan.seed,
-        "weights": plan.weights and os.path.abspath(plan.weights),
         "weights_sha256": plan.weights and run_folder.sha256(plan.weights),
         "fresh": list(plan.fresh),
     }
@@ -477,6 +478,23 @@ def _load(plan: Plan, solver: Any, snapshot: Optional[run_folder.Snapshot]) -> N
         left = load_weights(solver.net, plan.weights, plan.fresh)
         if left:
             logging.info("filled afresh, not loaded from %s: %s", plan.weights, ", ".join(left))
+        _check_filled(plan.net, left)
+    else:
+        _check_filled(plan.net, list(solver.net.params))
+
+
+def _check_filled(net: Any, names: Sequence[str]) -> None:
+    """Raise ValueError naming the first layer of `names` whose weights nothing sets.
+
+    Caffe would leave them 0, which no training leaves again.
+    """
+    for layer in net.layer:
+        parameters = {"Convolution": layer.convolution_param,
+                      "InnerProduct": layer.inner_product_param}.get(layer.type)
+        if parameters is not None and layer.name in names \
+                and not parameters.HasField("weight_filler"):
+            raise ValueError("layer '%s': neither the weights nor a weight_filler of the "
+                             "definition set it" % layer.name)
 
 
 def _without(path: str, names: Sequence[str]) -> bytes:

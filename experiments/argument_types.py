@@ -1,0 +1,57 @@
+"""Numbers and devices on the command lines of the experiments, checked where they are typed.
+
+    import argument_types
+    parser.add_argument("--iterations", type=argument_types.count, default=80000)
+"""
+import argparse
+import os
+
+SEED_LIMIT = 2 ** 31
+
+
+def count(text: str) -> int:
+    """Return a whole number of at least 1."""
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    """Return a whole number of at least 0, as seeds and GPUs are."""
+    return _whole(text, 0)
+
+
+def positive(text: str) -> float:
+    """Return a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError("'%s' is not a positive number" % text)
+    return number
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --cpu and --gpu; `caffe_net.choose_device(arguments.cpu, arguments.gpu)` takes them."""
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument("--cpu", action="store_true", help="compute on the CPU")
+    device.add_argument("--gpu", type=natural, metavar="ID", help="compute on this GPU (default: "
+                        "GPU 0 where this Caffe can, else the CPU)")
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add --workers, by default a core less than there are, up to 4."""
+    default = min(4, max(1, (os.cpu_count() or 1) - 1))
+    parser.add_argument("--workers", type=natural, default=default, metavar="N",
+                        help="processes that read images; 0: read between iterations (default "
+                             "%(default)d)")
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not least <= number < SEED_LIMIT:
+        raise argparse.ArgumentTypeError("'%s' is not a whole number in %d..%d"
+                                         % (text, least, SEED_LIMIT - 1))
+    return number

@@ -1,0 +1,122 @@
+"""Nets to train and to test, made from any deploy or train_val definition (paper, section 4).
+
+What feeds a definition and what scores it is taken off; a data source and a loss for the task are
+put on.  Of several outputs the last is kept, so that a GoogLeNet trains without its intermediate
+losses (section 4.4).
+
+    python -c "import definitions as d, training_net as t
+    print(t.classifier(d.read_definition('models/googlenet/train_val.prototxt'), 10, 20).layer)"
+"""
+from typing import Any, List, NamedTuple, Sequence, Set
+
+import definitions
+from definitions import Input, caffe_messages
+
+SUFFIX = "_voc"  # of the last layer's name, so that no caffemodel of another task fits it
+AFFINE = {"Convolution": "convolution_param", "Deconvolution": "convolution_param",
+          "InnerProduct": "inner_product_param"}
+# Of the new last layer, as in the author's released evaluation.
+WEIGHT_STD = 0.01
+BIAS = 0.1
+
+
+class Classifier(NamedTuple):
+    """A net without data and loss: its layers, the image input, the blob of class scores (n,
+    classes) and the name of the layer that computes them."""
+    layers: List[Any]
+    image: Input
+    scores: str
+    layer: str
+
+
+def classifier(definition: Any, batch_size: int, classes: int) -> Classifier:
+    """Return the net up to its last output, with a new last layer of `classes` outputs.
+
+    The new layer has the old one's name and SUFFIX; a layer that has it already keeps its name.
+    Raises ValueError where the net does not take colour images or has no affine layer.
+    """
+    layers, image = definitions.image_layers(definition, batch_size)
+    if image is None or image.shape[1] != 3:
+        raise ValueError("the net's input '%s' has 1 channel, photographs have 3"
+                         % (image.blob if image else ""))
+    scores = definitions.outputs(layers)[-1]
+    kept = [plain(layer) for layer in needed_for(layers, scores)]
+    affine = [layer for layer in kept if layer.type in AFFINE]
+    if not affine:
+        raise ValueError("the net has no layer with weights before '%s'" % scores)
+    _replace(affine[-1], classes)
+    return Classifier(kept, image, scores, affine[-1].name)
+
+
+def training_net(net: Classifier, source: Any) -> Any:
+    """Return the NetParameter that trains `net` on a source with tops (images, labels).
+
+    The loss is the sum over classes of the sigmoid cross-entropy, averaged over the images; labels
+    are 1 and 0, and -1 where they do not count.
+    """
+    loss = caffe_messages().LayerParameter(name="loss", type="SigmoidCrossEntropyLoss",
+                                           bottom=[net.scores, source.top[1]], top=["loss"])
+    loss.loss_param.ignore_label = -1
+    loss.loss_param.normalization = caffe_messages().LossParameter.BATCH_SIZE
+    whole = caffe_messages().NetParameter(layer=[source, *net.layers, loss])
+    for layer in whole.layer:
+        if layer.type == "BatchNorm":  # the batch's own statistics, whatever a deploy file says
+            layer.batch_norm_param.ClearField("use_global_stats")
+    return whole
+
+
+def test_net(net: Classifier) -> Any:
+    """Return the NetParameter that computes `net.scores` of images put into its Input."""
+    source = caffe_messages().LayerParameter(name=net.image.blob, type="Input",
+                                             top=[net.image.blob])
+    source.input_param.shape.add(dim=net.image.shape)
+    return caffe_messages().NetParameter(layer=[source, *net.layers])
+
+
+def layers_from(net: Classifier, name: str) -> List[str]:
+    """Return the names of the layer `name` of a net and all after it.
+
+    Raises ValueError where there is none.
+    """
+    names = [layer.name for layer in net.layers]
+    if name not in names:
+        raise ValueError("the net has no layer '%s', it has %s" % (name, ", ".join(names)))
+    return names[names.index(name):]
+
+
+def needed_for(layers: Sequence[Any], blob: str) -> List[Any]:
+    """Return those of `layers` that `blob` is computed from, in their order."""
+    needed: Set[str] = {blob}
+    kept = []
+    for layer in reversed(layers):
+        if needed.intersection(layer.top):
+            kept.append(layer)
+            needed.update(layer.bottom)
+    return kept[::-1]
+
+
+def plain(layer: Any) -> Any:
+    """Return a copy of a layer without rules of phase, which have done their work."""
+    copy = caffe_messages().LayerParameter()
+    copy.CopyFrom(layer)
+    for field in ("include", "exclude", "phase"):
+        copy.ClearField(field)
+    return copy
+
+
+def _replace(layer: Any, classes: int) -> None:
+    """Make an affine layer one for `classes` classes, filled afresh."""
+    if not layer.name.endswith(SUFFIX):
+        layer.name += SUFFIX
+    for parameter in layer.param:
+        parameter.ClearField("name")  # shared weights would keep their old shape
+    parameters = getattr(layer, AFFINE[layer.type])
+    parameters.num_output = classes
+    if layer.type != "InnerProduct":
+        parameters.ClearField("group")
+    for field in ("weight_filler", "bias_filler"):
+        parameters.ClearField(field)
+    parameters.weight_filler.type = "gaussian"
+    parameters.weight_filler.std = WEIGHT_STD
+    parameters.bias_filler.type = "constant"
+    parameters.bias_filler.value = BIAS
