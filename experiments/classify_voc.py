@@ -34,7 +34,6 @@ from average_precision import AveragePrecision, classification_ap
 from caffe_net import choose_device, use_device
 from definitions import caffe_messages
 from image_batches import Crops
-from image_source import image_source_layer
 from prefetch import Prefetcher
 from training import Plan, exit_status, load_weights, train
 from voc_lmdb import open_voc
@@ -67,9 +66,9 @@ def training_plan(arguments: argparse.Namespace, gpu: Optional[int]) -> Plan:
     dataset = image_batches.VocImages(**voc)
     net = training_net.classifier(definitions.read_definition(arguments.net),
                                   arguments.batch_size, len(dataset.classes))
-    source = image_source_layer(
-        "data", (net.image.blob, "label"), DATASET, voc, _crops(net),
-        arguments.batch_size, arguments.seed, arguments.workers)
+    source = training_net.image_source_layer(
+        "data", (net.image.blob, "label"), DATASET, voc, _crops(net), arguments.batch_size,
+        arguments.seed, arguments.workers)
     weights = None if arguments.weights == "none" else arguments.weights
     fresh = [net.layer]
     if arguments.random_from is not None:
@@ -199,7 +198,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="classify_voc.py", description=__doc__.splitlines()[0])
+    parser = guarded.Parser(prog="classify_voc.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     _add_train(commands.add_parser("train", help="fine-tune a net"))
     _add_test(commands.add_parser("test", help="score a net that was trained"))

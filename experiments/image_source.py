@@ -1,6 +1,6 @@
 """The Caffe Python layer that feeds nets with random crops of images, read ahead by processes.
 
-In a definition (see `image_source_layer`):
+In a definition (see `training_net.image_source_layer`):
 
     layer {
       name: "data" type: "Python" top: "data" top: "label"
@@ -14,9 +14,9 @@ command reads such a definition; a script in this folder finds it.
         --voc VOCdevkit/VOC2007
 """
 import json
-from typing import Any, Dict, Sequence
+from typing import Any, Sequence
 
-from definitions import caffe_messages, import_caffe
+from definitions import import_caffe
 from image_batches import Crops, make_batches, named_dataset
 from prefetch import ALIGNMENT, Prefetcher
 
@@ -67,17 +67,3 @@ class ImageSource(caffe.Layer):
 
     def backward(self, *_: Any) -> None:
         pass  # data has no gradient
-
-
-def image_source_layer(name: str, tops: Sequence[str], dataset: str, arguments: Dict[str, Any],
-                       crops: Crops, batch_size: int, seed: int, workers: int,
-                       broken_limit: int = 10) -> Any:
-    """Return the LayerParameter of an ImageSource; `dataset` is `module.Class`."""
-    settings = {"dataset": dataset, "arguments": arguments,
-                "crops": {**crops._asdict(), "mean": list(crops.mean)}, "batch_size": batch_size,
-                "seed": seed, "workers": workers, "broken_limit": broken_limit}
-    layer = caffe_messages().LayerParameter(name=name, type="Python", top=list(tops))
-    layer.python_param.module = "image_source"
-    layer.python_param.layer = "ImageSource"
-    layer.python_param.param_str = json.dumps(settings)
-    return layer

@@ -7,10 +7,12 @@ losses (section 4.4).
     python -c "import definitions as d, training_net as t
     print(t.classifier(d.read_definition('models/googlenet/train_val.prototxt'), 10, 20).layer)"
 """
-from typing import Any, List, NamedTuple, Sequence, Set
+import json
+from typing import Any, Dict, List, NamedTuple, Sequence, Set
 
 import definitions
 from definitions import Input, caffe_messages
+from image_batches import Crops
 
 SUFFIX = "_voc"  # of the last layer's name, so that no caffemodel of another task fits it
 AFFINE = {"Convolution": "convolution_param", "Deconvolution": "convolution_param",
@@ -63,6 +65,20 @@ def training_net(net: Classifier, source: Any) -> Any:
         if layer.type == "BatchNorm":  # the batch's own statistics, whatever a deploy file says
             layer.batch_norm_param.ClearField("use_global_stats")
     return whole
+
+
+def image_source_layer(name: str, tops: Sequence[str], dataset: str, arguments: Dict[str, Any],
+                       crops: Crops, batch_size: int, seed: int, workers: int,
+                       broken_limit: int = 10) -> Any:
+    """Return the LayerParameter of an ImageSource; `dataset` is `module.Class`."""
+    settings = {"dataset": dataset, "arguments": arguments,
+                "crops": {**crops._asdict(), "mean": list(crops.mean)}, "batch_size": batch_size,
+                "seed": seed, "workers": workers, "broken_limit": broken_limit}
+    layer = caffe_messages().LayerParameter(name=name, type="Python", top=list(tops))
+    layer.python_param.module = "image_source"
+    layer.python_param.layer = "ImageSource"
+    layer.python_param.param_str = json.dumps(settings)
+    return layer
 
 
 def test_net(net: Classifier) -> Any:
