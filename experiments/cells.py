@@ -1,0 +1,203 @@
+"""The cells of the paper's tables: its number, and the runs that make ours.
+
+The Snakefile makes what is listed here, tables.py reads it; both find a run's files through
+`Places`.  Rows and columns are called as in the paper, numbers are mean average precision in %.
+
+    python -c "import cells; print(*cells.TABLES['table2'].cells, sep='\\n')"
+"""
+import os
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+# How initialise.py calls what tables 1 and 2 compare.
+METHODS = ("gaussian", "reference", "xavier", "msra", "ours-gaussian", "ours-pca", "ours-kmeans")
+SCALINGS = ("none", "within", "between", "both")
+TASKS = ("classification", "detection")
+SOLVERS = ("SGD", "Adam")
+
+
+class Run(NamedTuple):
+    """A training run but for its learning rate and seed.
+
+    `net` is a name in the configuration's models.  It starts from the weights of `method` (one of
+    METHODS, or a name in the configuration's pretrained) with `scaling` (one of SCALINGS).
+    """
+
+    task: str
+    net: str
+    method: str
+    scaling: str
+    solver: str = "SGD"
+
+
+class Cell(NamedTuple):
+    """One number of a table: the paper's, and the run that makes ours."""
+
+    row: str
+    column: str
+    paper: float
+    run: Run
+
+
+class Table(NamedTuple):
+    """`cells` need not fill `rows` x `columns`: the paper leaves some out."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[str]
+    cells: Sequence[Cell]
+
+    def cell(self, row: str, column: str) -> Optional[Cell]:
+        """The cell at a place, None where the paper has none."""
+        return next((cell for cell in self.cells if (cell.row, cell.column) == (row, column)), None)
+
+
+def _table(title: str, columns: Sequence[str], rows: Dict[str, Sequence[Optional[float]]],
+           run: Any) -> Table:
+    """A table from its rows of numbers; run(row, column) says what is run for a cell."""
+    cells = [Cell(row, column, paper, run(row, column))
+             for row, numbers in rows.items()
+             for column, paper in zip(columns, numbers) if paper is not None]
+    return Table(title, columns, list(rows), cells)
+
+
+# ---------------------------------------------------------------------------------------------
+# Table 1: scalings, solvers and batch normalisation
+# ---------------------------------------------------------------------------------------------
+
+SCALING_ROWS = {"no scaling": "none", "within-layer (ours)": "within",
+                "between-layer (ours)": "between", "both (ours)": "both"}
+SOLVER_COLUMNS = {"SGD": ("caffenet", "SGD"), "SGD + BN": ("caffenet_bn", "SGD"),
+                  "Adam": ("caffenet", "Adam"), "Adam + BN": ("caffenet_bn", "Adam")}
+WEIGHT_COLUMNS = {"Gaussian": "ours-gaussian", "k-means": "ours-kmeans"}
+
+
+def _scaling_run(row: str, column: str) -> Run:
+    solver, weights = column.split(", ")
+    net, name = SOLVER_COLUMNS[solver]
+    return Run("classification", net, WEIGHT_COLUMNS[weights], SCALING_ROWS[row], name)
+
+
+TABLE1 = _table(
+    "Classification with various initialisations, scalings, solvers and batch normalisation (BN)",
+    ["%s, %s" % (solver, weights) for solver in SOLVER_COLUMNS for weights in WEIGHT_COLUMNS],
+    {"no scaling": (50.8, 41.2, 51.6, 49.4, 50.9, 52.0, 55.7, 53.8),
+     "within-layer (ours)": (47.6, 41.2, None, None, None, None, 53.2, 53.1),
+     "between-layer (ours)": (52.7, 55.7, None, None, None, None, 54.5, 57.2),
+     "both (ours)": (53.3, 56.6, 56.6, 60.0, 53.1, 56.9, 56.9, 59.8)},
+    _scaling_run)
+
+
+# ---------------------------------------------------------------------------------------------
+# Table 2: initialisations
+# ---------------------------------------------------------------------------------------------
+
+TASK_COLUMNS = ("Classification", "Detection")
+METHOD_ROWS = {"Xavier": ("xavier", "none"), "MSRA": ("msra", "none"),
+               "Random Gaussian (hand tuned)": ("reference", "none"),
+               "Ours (Random Gaussian)": ("ours-gaussian", "both"),
+               "Ours (PCA)": ("ours-pca", "both"), "Ours (k-means)": ("ours-kmeans", "both")}
+
+TABLE2 = _table(
+    "Initialisation methods", TASK_COLUMNS,
+    {"Xavier": (51.1, 40.4), "MSRA": (43.3, 37.2), "Random Gaussian (hand tuned)": (53.4, 41.3),
+     "Ours (Random Gaussian)": (53.3, 43.4), "Ours (PCA)": (52.8, 43.1),
+     "Ours (k-means)": (56.6, 45.6)},
+    lambda row, column: Run(column.lower(), "caffenet", *METHOD_ROWS[row]))
+
+
+# ---------------------------------------------------------------------------------------------
+# Table 3: pretrained models, as they are and rescaled (section 3.2 alone)
+# ---------------------------------------------------------------------------------------------
+
+PRETRAINED_ROWS = {"Agrawal et al. (2015)": ("agrawal", "none"),
+                   "Wang & Gupta (2015)": ("wang", "none"),
+                   "Doersch et al. (2015)": ("doersch", "none"),
+                   "Krizhevsky et al. (2012)": ("krizhevsky", "none"),
+                   "Ours (k-means)": ("ours-kmeans", "both"),
+                   "Ours + Agrawal et al. (2015)": ("agrawal", "between"),
+                   "Ours + Wang & Gupta (2015)": ("wang", "between"),
+                   "Ours + Doersch et al. (2015)": ("doersch", "between")}
+UNGROUPED = ("doersch",)  # trained without groups (section 4)
+
+
+def _pretrained_run(row: str, column: str) -> Run:
+    method, scaling = PRETRAINED_ROWS[row]
+    net = "caffenet_ungrouped" if method in UNGROUPED else "caffenet"
+    return Run(column.lower(), net, method, scaling)
+
+
+TABLE3 = _table(
+    "Pretrained models", TASK_COLUMNS,
+    {"Agrawal et al. (2015)": (52.9, 41.8), "Wang & Gupta (2015)": (62.8, 47.4),
+     "Doersch et al. (2015)": (55.3, 46.6), "Krizhevsky et al. (2012)": (78.2, 56.8),
+     "Ours (k-means)": (56.6, 45.6), "Ours + Agrawal et al. (2015)": (54.2, 43.9),
+     "Ours + Wang & Gupta (2015)": (63.1, 47.2), "Ours + Doersch et al. (2015)": (65.3, 51.1)},
+    _pretrained_run)
+
+
+# ---------------------------------------------------------------------------------------------
+# Section 4.4: architectures
+# ---------------------------------------------------------------------------------------------
+
+ARCHITECTURE_ROWS = {"GoogLeNet": "googlenet_single", "VGG, 16 layers": "vgg16"}
+
+ARCHITECTURES = _table(
+    "Classification with other architectures (section 4.4)", list(WEIGHT_COLUMNS),
+    {"GoogLeNet": (50.0, 55.0), "VGG, 16 layers": (53.8, 56.5)},
+    lambda row, column: Run("classification", ARCHITECTURE_ROWS[row], WEIGHT_COLUMNS[column],
+                            "both"))
+
+TABLES: Dict[str, Table] = {"table1": TABLE1, "table2": TABLE2, "table3": TABLE3,
+                            "architectures": ARCHITECTURES}
+
+
+# ---------------------------------------------------------------------------------------------
+# Where files are
+# ---------------------------------------------------------------------------------------------
+
+class Places:
+    """The files of runs under a configuration (experiments/config.schema.yaml)."""
+
+    def __init__(self, config: Dict[str, Any]) -> None:
+        self.config = config
+        self.root = config["output"]
+
+    def start(self, net: str, method: str, scaling: str, seed: object) -> str:
+        """The caffemodel that a run starts from; a pretrained one as it is has no seed."""
+        if method in self.config["pretrained"] and scaling == "none":
+            return self.converted(method)
+        return os.path.join(self.root, "start", net, method, scaling, "seed%s.caffemodel" % seed)
+
+    def converted(self, name: str) -> str:
+        """A pretrained model in the layers of this project's nets."""
+        return os.path.join(self.root, "pretrained", name + ".caffemodel")
+
+    def folder(self, run: Run, rate: object, seed: object) -> str:
+        """The folder of a training run."""
+        return os.path.join(self.root, *run, "lr%s" % rate, "seed%s" % seed)
+
+    def result(self, run: Run, rate: object, seed: object) -> str:
+        """What the test of a trained net gave."""
+        return os.path.join(self.folder(run, rate, seed), "result.json")
+
+    def rates(self, run: Run) -> List[str]:
+        """The learning rates to try for a run, as they are written in paths."""
+        return ["%g" % rate for rate in self.config[run.task]["learning_rates"][run.solver]]
+
+    def seeds(self, run: Run) -> List[int]:
+        """The seeds of a run."""
+        return list(self.config[run.task]["seeds"])
+
+    def results(self, run: Run) -> List[str]:
+        """All results that a cell is made from; none where its pretrained model is missing."""
+        if self.missing(run):
+            return []
+        return [self.result(run, rate, seed) for rate in self.rates(run)
+                for seed in self.seeds(run)]
+
+    def missing(self, run: Run) -> Optional[str]:
+        """The pretrained caffemodel that a run would start from and that is not there."""
+        source = self.config["pretrained"].get(run.method)
+        if source is None or os.path.exists(source["weights"]):
+            return None
+        return str(source["weights"])
