@@ -21,6 +21,9 @@ REGULARISER = 0.1
 # Of the mean patch variance, added before contrast normalisation; Coates & Ng add 10 to the
 # variance of pixels in 0..255.
 CONTRAST = 0.01
+TINY = 1e-20  # keeps what is 0 from being divided by
+# White patches of less than this part of the mean squared length say nothing: not chosen.
+FAINT = 0.1
 KMEANS_ITERATIONS = 10
 # Patches drawn per number in a patch: enough for a covariance that is regularised anyway.
 PATCHES_PER_DIMENSION = 2
@@ -67,20 +70,18 @@ def sample_patches(blob: np.ndarray, count: int, rng: np.random.Generator,
     tops = rng.integers(0, places[0], count) * stride[0] - pad[0]
     lefts = rng.integers(0, places[1], count) * stride[1] - pad[1]
     for patch, image, top, left in zip(patches, chosen, tops, lefts):
-        rows = _inside(top, kernel[0], dilation[0], height)
-        columns = _inside(left, kernel[1], dilation[1], width)
-        patch[:, rows, columns] = blob[
-            image, :, top + rows.start * dilation[0]:top + (rows.stop - 1) * dilation[0] + 1:
-            dilation[0], left + columns.start * dilation[1]:
-            left + (columns.stop - 1) * dilation[1] + 1:dilation[1]]
+        taps, rows = _inside(top, kernel[0], dilation[0], height)
+        columns_taps, columns = _inside(left, kernel[1], dilation[1], width)
+        patch[:, taps, columns_taps] = blob[image, :, rows, columns]
     return patches
 
 
-def _inside(start: int, kernel: int, dilation: int, size: int) -> slice:
-    """The part of a kernel's taps that lies on 0..size-1 when the first lies on `start`."""
-    first = max(0, -(start // dilation))
-    last = min(kernel - 1, (size - 1 - start) // dilation)
-    return slice(first, max(first, last + 1)) if last >= first else slice(first, first + 0)
+def _inside(start: int, kernel: int, dilation: int, size: int) -> Tuple[slice, slice]:
+    """The taps of a kernel that lie on 0..size-1 when the first lies on `start`, and where."""
+    first = min(max(0, -(start // dilation)), kernel)
+    stop = max(min(kernel, (size - 1 - start) // dilation + 1), first)
+    begin = start + first * dilation
+    return slice(first, stop), slice(begin, begin + (stop - first) * dilation, dilation)
 
 
 def pca(patches: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -97,11 +98,12 @@ def pca(patches: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray
 def zca(patches: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Return (count, d) rows of the symmetric whitening matrix V diag(lambda^-1/2) V^T.
 
-    Each is centred on one number of the patch, chosen at random; more rows than the patch has
-    numbers are random directions of the white space.
+    Each is centred on one number of the patch that varies, chosen at random; more rows than there
+    are such numbers are random directions of the white space.
     """
     values, vectors = _spectrum(patches)
-    rows = rng.permutation(len(vectors))[:count]
+    varying = np.flatnonzero(np.einsum("dk,dk->d", vectors, vectors) > 1e-6)
+    rows = rng.permutation(varying)[:count]
     white = (vectors / np.sqrt(values)).T
     return _with_random_directions(vectors[rows] @ white, white, count, rng)
 
@@ -109,8 +111,7 @@ def zca(patches: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray
 def random_patches(patches: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Return (count, d) filters that are whitened patches chosen at random."""
     white, factor = whitened(patches)
-    chosen = white[rng.choice(len(white), count, replace=len(white) < count)]
-    return _filters(_unit_rows(chosen), factor)
+    return _filters(_chosen(white, count, rng), factor)
 
 
 def kmeans(patches: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -137,12 +138,12 @@ def whitened(patches: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
     means = patches.mean(axis=1, keepdims=True)
     normal = patches - means
     variances = np.einsum("nd,nd->n", normal, normal) / patches.shape[1]
-    normal /= np.sqrt(variances + CONTRAST * variances.mean())[:, None]
+    normal /= np.sqrt(np.maximum(variances + CONTRAST * variances.mean(), TINY))[:, None]
     normal -= normal.mean(axis=0)
     # BLAS counts columns first: given the transposed arrays it works without copies
     covariance = scipy.linalg.blas.ssyrk(1.0 / len(normal), normal.T, lower=1)
     diagonal = np.einsum("dd->d", covariance)
-    np.fill_diagonal(covariance, diagonal + REGULARISER * diagonal.mean())
+    np.fill_diagonal(covariance, diagonal + max(REGULARISER * diagonal.mean(), TINY))
     with threadpool_limits(1, user_api="blas"):  # OpenBLAS 0.3.27: 50 times slower on two threads
         factor = scipy.linalg.cholesky(covariance, lower=True, overwrite_a=True,
                                        check_finite=False)
@@ -153,10 +154,7 @@ def whitened(patches: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
 def spherical_kmeans(white: np.ndarray, count: int, rng: np.random.Generator,
                      iterations: int = KMEANS_ITERATIONS) -> np.ndarray:
     """Return (count, d) unit centroids of white data (n, d) (Coates & Ng 2012, section 2)."""
-    replace = len(white) < count
-    centroids = _unit_rows(white[rng.choice(len(white), count, replace=replace)])
-    if replace:
-        centroids = _unit_rows(centroids + 0.1 * gaussian(centroids.shape, rng))
+    centroids = _chosen(white, count, rng)
     rows = np.arange(len(white))
     for _ in range(iterations):
         products = white @ centroids.T
@@ -172,17 +170,39 @@ def _filters(directions: np.ndarray, factor: np.ndarray) -> np.ndarray:
     return scipy.linalg.blas.strsm(1.0, factor, directions.T, lower=1, trans_a=1).T
 
 
+def _chosen(white: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return (count, d) unit rows: patches chosen at random, all different if the patches are.
+
+    Where there are too few of them each is taken several times, with random numbers of half its
+    length added; where none varies, all are random directions.
+    """
+    squares = np.einsum("nd,nd->n", white, white)
+    usable = np.flatnonzero(squares > FAINT * squares.mean())
+    if not len(usable):
+        return _unit_rows(gaussian((count, white.shape[1]), rng))
+    few = len(usable) < count
+    rows = _unit_rows(white[rng.choice(usable, count, replace=few)])
+    if few:
+        rows = _unit_rows(rows + 0.5 * _unit_rows(gaussian(rows.shape, rng)))
+    return rows
+
+
 def _unit_rows(rows: np.ndarray) -> np.ndarray:
     lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-    return rows / np.maximum(lengths, 1e-20)[:, None]
+    return rows / np.maximum(lengths, TINY)[:, None]
 
 
 def _spectrum(patches: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues above rounding, largest first, and eigenvectors as columns."""
+    """Eigenvalues above rounding, largest first, and eigenvectors as columns.
+
+    Patches that do not vary at all count as white.
+    """
     centred = patches - patches.mean(axis=0)
     covariance = (centred.T @ centred).astype(np.float64) / len(centred)
     values, vectors = np.linalg.eigh(covariance)
     kept = values > 1e-6 * values[-1]
+    if values[-1] <= 0:
+        return np.ones(len(values)), np.eye(len(values))
     return values[kept][::-1], vectors[:, kept][:, ::-1]
 
 
