@@ -214,6 +214,7 @@ class _Run:
         loss = math.fsum(weight * values[name] for name, weight in self.losses.items())
         rate = learning_rate(self.plan.solver, self.solver.iter - 1, self.plan.iterations)
         if not math.isfinite(loss):
+            self._write_run(None, diverged=self.solver.iter)
             raise ValueError("iteration %d: the loss is %s at learning rate %g: give a smaller one "
                              "(the losses so far are in %s)"
                              % (self.solver.iter, loss, rate, self.log.path))
@@ -252,7 +253,7 @@ class _Run:
         if self.plan.folding is not None:
             self.plan.folding.unfold(self.solver.net)
 
-    def _write_run(self, outcome: Optional[Outcome]) -> None:
+    def _write_run(self, outcome: Optional[Outcome], diverged: Optional[int] = None) -> None:
         plan = self.plan
         record = {
             **results.provenance(plan.seed),
@@ -263,6 +264,8 @@ class _Run:
             "solver": text_format.MessageToString(plan.solver),
             "net_sha256": run_folder.sha256(os.path.join(plan.folder, "train_val.prototxt")),
         }
+        if diverged is not None:
+            record["diverged"] = diverged
         if outcome is not None:
             record.update(finished=outcome.stopped_by is None, iteration=outcome.iteration,
                           loss=outcome.loss,
