@@ -1,0 +1,182 @@
+"""Generates small stand-ins for all data of the paper's experiments, in seconds.
+
+    python data/make_tiny.py build/tiny/data
+
+writes below the folder given
+    VOC2007/                       a VOC-layout folder: coloured shapes on noise, with boxes
+    imagenet/{train,val}.txt       image lists ('path label') of one shape each, below imagenet/
+    pretrained.{prototxt,caffemodel}  a net with random weights as others write theirs: R, G, B, a
+                                   mean of its own, a fully connected layer as a convolution
+experiments/tiny.yaml runs every rule of the paper's workflow on them.
+"""
+import argparse
+import logging
+import os
+import sys
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import cv2
+import numpy as np
+
+import definitions
+import guarded
+
+log = logging.getLogger("make_tiny")
+
+# Classes and their colours (B, G, R); an image of 160 x 120 pixels shows one or two objects.
+COLOURS = {"disc": (40, 50, 210), "square": (200, 60, 40), "triangle": (50, 190, 60)}
+WIDTH, HEIGHT = 160, 120
+VOC_IMAGES = {"trainval": 24, "test": 12}
+IMAGENET_IMAGES = {"train": 36, "val": 12}
+IMAGENET_SIDE = 72
+
+
+class Shape(NamedTuple):
+    """An object: its class and box in pixels counted from 0, both ends inclusive."""
+
+    name: str
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    parser = argparse.ArgumentParser(prog="make_tiny.py", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", metavar="DIR", help="folder to write to; made where missing")
+    parser.add_argument("--model", metavar="NET.prototxt",
+                        default=os.path.join("models", "caffenet_tiny", "deploy.prototxt"),
+                        help="definition that the pretrained net fits (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    guarded.log_to_stderr()
+    return guarded.command_line(run, parser.parse_args(argv), parser.prog)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write everything."""
+    rng = np.random.default_rng(arguments.seed)
+    os.makedirs(arguments.folder, exist_ok=True)
+    write_voc(os.path.join(arguments.folder, "VOC2007"), rng)
+    write_imagenet(os.path.join(arguments.folder, "imagenet"), rng)
+    guarded.in_child(write_pretrained, arguments.model,
+                     os.path.join(arguments.folder, "pretrained"), arguments.seed)
+    log.info("wrote %s", arguments.folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------
+
+def write_voc(root: str, rng: np.random.Generator) -> None:
+    """Write a folder in PASCAL VOC's layout with the splits of VOC_IMAGES."""
+    for folder in ("Annotations", "JPEGImages", os.path.join("ImageSets", "Main")):
+        os.makedirs(os.path.join(root, folder), exist_ok=True)
+    number = 0
+    for split, count in VOC_IMAGES.items():
+        contents: Dict[str, List[Shape]] = {}
+        for _ in range(count):
+            number += 1
+            image = "%06d" % number
+            pixels = _noise(HEIGHT, WIDTH, rng)
+            names = rng.choice(list(COLOURS), size=int(rng.integers(1, 3)), replace=False)
+            halves = [(0, WIDTH // 2), (WIDTH // 2, WIDTH)][:len(names)]
+            contents[image] = [_draw(pixels, str(name), span, rng)
+                               for name, span in zip(names, halves)]
+            _write_image(os.path.join(root, "JPEGImages", image + ".jpg"), pixels)
+            _write_annotation(root, image, contents[image])
+        _write_split(root, split, contents)
+
+
+def write_imagenet(root: str, rng: np.random.Generator) -> None:
+    """Write folders of images with one shape each, and a list of 'path label' lines for each."""
+    for split, count in IMAGENET_IMAGES.items():
+        os.makedirs(os.path.join(root, split), exist_ok=True)
+        lines = []
+        for number in range(count):
+            label = number % len(COLOURS)
+            pixels = _noise(IMAGENET_SIDE, IMAGENET_SIDE, rng)
+            _draw(pixels, list(COLOURS)[label], (0, IMAGENET_SIDE), rng)
+            path = os.path.join(split, "%04d.jpg" % number)
+            _write_image(os.path.join(root, path), pixels)
+            lines.append("%s %d" % (path, label))
+        _write_lines(os.path.join(root, split + ".txt"), lines)
+
+
+def _noise(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(90, 166, (height, width, 3)).astype(np.uint8)
+
+
+def _draw(pixels: np.ndarray, name: str, span: Tuple[int, int],
+          rng: np.random.Generator) -> Shape:
+    """Draw a shape between two columns of an image."""
+    height, width = pixels.shape[0], span[1] - span[0]
+    half = int(rng.integers(height // 7, min(height, width) // 3))
+    x = int(rng.integers(span[0] + half, span[1] - half))
+    y = int(rng.integers(half, height - half))
+    shape = Shape(name, x - half, y - half, x + half, y + half)
+    if name == "disc":
+        cv2.circle(pixels, (x, y), half, COLOURS[name], -1)
+    elif name == "square":
+        cv2.rectangle(pixels, (shape.left, shape.top), (shape.right, shape.bottom),
+                      COLOURS[name], -1)
+    else:
+        corners = [(x, shape.top), (shape.left, shape.bottom), (shape.right, shape.bottom)]
+        cv2.fillConvexPoly(pixels, np.array(corners, np.int32), COLOURS[name])
+    return shape
+
+
+def _write_image(path: str, pixels: np.ndarray) -> None:
+    if not cv2.imwrite(path, pixels):
+        raise OSError("%s: cannot write the image" % path)
+
+
+def _write_annotation(root: str, image: str, shapes: Sequence[Shape]) -> None:
+    objects = ["<object><name>%s</name><difficult>0</difficult><bndbox><xmin>%d</xmin>"
+               "<ymin>%d</ymin><xmax>%d</xmax><ymax>%d</ymax></bndbox></object>"
+               % (shape.name, shape.left + 1, shape.top + 1, shape.right + 1, shape.bottom + 1)
+               for shape in shapes]
+    _write_lines(os.path.join(root, "Annotations", image + ".xml"), [
+        "<annotation><filename>%s.jpg</filename><size><width>%d</width><height>%d</height>"
+        "<depth>3</depth></size>%s</annotation>" % (image, WIDTH, HEIGHT, "".join(objects))])
+
+
+def _write_split(root: str, split: str, contents: Dict[str, List[Shape]]) -> None:
+    folder = os.path.join(root, "ImageSets", "Main")
+    _write_lines(os.path.join(folder, split + ".txt"), list(contents))
+    for name in COLOURS:
+        _write_lines(os.path.join(folder, "%s_%s.txt" % (name, split)), [
+            "%s %2d" % (image, 1 if any(shape.name == name for shape in shapes) else -1)
+            for image, shapes in contents.items()])
+
+
+def _write_lines(path: str, lines: Sequence[str]) -> None:
+    with guarded.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# A net as others write theirs
+# ---------------------------------------------------------------------------------------------
+
+def write_pretrained(model: str, stem: str, seed: int) -> None:
+    """Write STEM.prototxt, `model` with its fc6 as a convolution, and random STEM.caffemodel."""
+    caffe = definitions.import_caffe()
+    caffe.set_random_seed(seed)
+    definition = definitions.read_definition(model)
+    net = definitions.build(definition)
+    layer = next(layer for layer in definition.layer if layer.name == "fc6")
+    _, _, height, width = net.blobs[layer.bottom[0]].shape
+    connected = layer.inner_product_param
+    layer.name, layer.type = "fc6-conv", "Convolution"
+    layer.convolution_param.num_output = connected.num_output
+    layer.convolution_param.kernel_h, layer.convolution_param.kernel_w = height, width
+    layer.convolution_param.weight_filler.CopyFrom(connected.weight_filler)
+    layer.convolution_param.bias_filler.CopyFrom(connected.bias_filler)
+    layer.ClearField("inner_product_param")
+    definitions.write_definition(definition, stem + ".prototxt")
+    with guarded.replacing(stem + ".caffemodel") as temporary:
+        definitions.build(definition).save(temporary)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
