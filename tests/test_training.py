@@ -49,16 +49,10 @@ layer { name: "data" type: "DummyData" top: "data" top: "label" dummy_data_param
     return whole
 
 
-def trained(folder, iterations, in_child=True, **options):
-    """Train the net on random data in a child; return the outcome."""
-    arguments = (str(folder), iterations, options)
-    return guarded.in_child(_train, *arguments) if in_child else _train(*arguments)
-
-
-def _train(folder, iterations, options):
-    made = {name: make() for name, make in options.pop("made", {}).items()}
-    given = {"net": net(), "solver": solver(), **made, **options}
-    return training.train(Plan(folder=folder, iterations=iterations, **given))
+def trained(folder, iterations, **options):
+    """Train the net on random data in this process, where nothing of it aborts."""
+    given = {"net": net(), "solver": solver(), **options}
+    return training.train(Plan(folder=str(folder), iterations=iterations, **given))
 
 
 def weights(path):
@@ -102,7 +96,7 @@ def test_a_run_leaves_weights_two_snapshots_log_curve_and_what_repeats_it(tmp_pa
 
 
 def test_several_losses_are_logged_each_and_as_their_weighted_sum(tmp_path):
-    trained(tmp_path / "run", 2, made={"net": _two_losses})
+    trained(tmp_path / "run", 2, net=_two_losses())
     for row in run_folder.read_table(str(tmp_path / "run" / "log.csv")):
         assert list(row) == ["iteration", "learning_rate", "loss", "loss_of_loss", "more",
                              "seconds"]
@@ -126,7 +120,7 @@ def test_an_unknown_policy_is_an_error_that_names_it():
 
 
 def test_measurements_are_made_at_0_every_n_and_at_the_end_with_the_weights_of_then(tmp_path):
-    outcome = trained(tmp_path / "run", 5, made={"measurement": _measurement})
+    outcome = trained(tmp_path / "run", 5, measurement=_measurement())
     assert [row["iteration"] for row in outcome.measured] == [0, 2, 4, 5]
     bias = weights(tmp_path / "run" / "final.caffemodel")["fc3"][1]
     assert outcome.measured[0]["bias"] == 0
@@ -145,10 +139,10 @@ def _bias(caffe_net):
 
 def test_folded_weights_are_in_every_file_and_unfolded_ones_are_trained(tmp_path):
     trained(tmp_path / "plain", 6, snapshot_every=3)
-    trained(tmp_path / "folded", 6, snapshot_every=3, made={"folding": _folding})
+    trained(tmp_path / "folded", 6, snapshot_every=3, folding=_folding())
     shutil.copytree(str(tmp_path / "folded"), str(tmp_path / "resumed"))
     _forget_after(tmp_path / "resumed", 3)
-    trained(tmp_path / "resumed", 6, snapshot_every=3, made={"folding": _folding}, resume=True)
+    trained(tmp_path / "resumed", 6, snapshot_every=3, folding=_folding(), resume=True)
     for name in ("final.caffemodel", "snapshot_6.caffemodel"):
         plain, folded = (weights(tmp_path / run / name) for run in ("plain", "folded"))
         assert (plain["fc3"][0] * 4 == folded["fc3"][0]).all()
@@ -170,17 +164,12 @@ def _forget_after(folder, iteration):
     assert run_folder.last_snapshot(str(folder)).iteration == iteration
 
 
-def test_many_runs_in_one_process_are_each_the_same_as_alone(tmp_path):
-    guarded.in_child(_three_runs, str(tmp_path))
-    trained(tmp_path / "alone", 3)
-    for name in "abc":
+def test_a_run_is_the_same_after_others_in_the_same_process_as_alone(tmp_path):
+    guarded.in_child(trained, tmp_path / "alone", 3)
+    for name in ("first", "second"):
+        trained(tmp_path / name, 3)
         assert content(tmp_path / name / "final.caffemodel") == content(
             tmp_path / "alone" / "final.caffemodel")
-
-
-def _three_runs(folder):
-    for name in "abc":
-        _train(os.path.join(folder, name), 3, {})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -190,7 +179,7 @@ def _three_runs(folder):
 def test_weights_are_loaded_but_for_fresh_layers(tmp_path):
     trained(tmp_path / "first", 3)
     start = str(tmp_path / "first" / "final.caffemodel")
-    trained(tmp_path / "next", 1, weights=start, fresh=["fc3"], made={"solver": _standing_still})
+    trained(tmp_path / "next", 1, weights=start, fresh=["fc3"], solver=_standing_still())
     before, after = weights(start), weights(tmp_path / "next" / "final.caffemodel")
     assert (before["fc2"][0] == after["fc2"][0]).all()
     assert not (before["fc3"][0] == after["fc3"][0]).any()
@@ -207,7 +196,7 @@ def test_weights_of_other_shapes_are_an_error_that_names_layer_and_shapes(tmp_pa
     with pytest.raises(ValueError, match="layer 'fc2' has weights of shape 6x196 and 6, the net "
                                          "wants 7x196 and 7"):
         trained(tmp_path / "next", 1, weights=str(tmp_path / "first" / "final.caffemodel"),
-                made={"net": _wider})
+                net=_wider())
 
 
 def _wider():
@@ -220,7 +209,7 @@ def test_weights_of_another_net_are_an_error(tmp_path):
     trained(tmp_path / "first", 1)
     with pytest.raises(ValueError, match="none of its layers .*conv1.* is one of the net's"):
         trained(tmp_path / "next", 1, weights=str(tmp_path / "first" / "final.caffemodel"),
-                made={"net": _renamed})
+                net=_renamed())
 
 
 def _renamed():
@@ -232,7 +221,7 @@ def _renamed():
 
 def test_a_layer_that_nothing_fills_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ValueError, match="layer 'fc2': neither"):
-        trained(tmp_path / "run", 1, made={"net": _unfilled})
+        trained(tmp_path / "run", 1, net=_unfilled())
 
 
 def _unfilled():
@@ -285,7 +274,7 @@ def test_a_log_row_cut_short_by_a_kill_is_dropped(tmp_path):
 
 def test_an_infinite_loss_stops_with_the_iteration(tmp_path):
     with pytest.raises(ValueError, match=r"iteration \d+: the loss is (nan|inf)"):
-        trained(tmp_path / "run", 50, made={"solver": _exploding, "net": _loud})
+        trained(tmp_path / "run", 50, solver=_exploding(), net=_loud())
     assert not (tmp_path / "run" / "final.caffemodel").exists()
 
 
@@ -317,7 +306,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, voc_folder):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_snapshots_and_stops_and_the_run_can_go_on(tmp_path, voc_folder, number, status):
+def test_a_signal_snapshots_and_stops_with_how_to_go_on(tmp_path, voc_folder, number, status):
     arguments = _voc_run(tmp_path, voc_folder, 100000)
     process = subprocess.Popen(tiny_net.command("classify_voc.py", *arguments(tmp_path / "run")),
                                stderr=subprocess.PIPE, universal_newlines=True)
@@ -328,12 +317,27 @@ def test_a_signal_snapshots_and_stops_and_the_run_can_go_on(tmp_path, voc_folder
     assert "--resume goes on from %s" % (tmp_path / "run") in said
     last = run_folder.read_table(str(tmp_path / "run" / "log.csv"))[-1]["iteration"]
     assert run_folder.last_snapshot(str(tmp_path / "run")).iteration == last
-    arguments = _voc_run(tmp_path, voc_folder, int(last) + 3)
-    assert tiny_net.run("classify_voc.py", *arguments(tmp_path / "run"),
-                        "--resume").returncode == 0
-    assert tiny_net.run("classify_voc.py", *arguments(tmp_path / "whole")).returncode == 0
+
+
+def test_a_run_stopped_between_snapshots_resumes_to_the_same_bits(tmp_path):
+    trained(tmp_path / "whole", 7, snapshot_every=5)
+    stopped = trained(tmp_path / "stopped", 7, snapshot_every=5, measurement=Measurement(
+        _measurement().net, 3, _stop_at_the_second()))
+    assert (stopped.iteration, stopped.stopped_by) == (3, signal.SIGTERM)
+    trained(tmp_path / "stopped", 7, snapshot_every=5, resume=True)
     assert content(tmp_path / "whole" / "final.caffemodel") == content(
-        tmp_path / "run" / "final.caffemodel")
+        tmp_path / "stopped" / "final.caffemodel")
+
+
+def _stop_at_the_second():
+    calls = []
+
+    def measure(_):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"calls": len(calls)}
+    return measure
 
 
 def _voc_run(tmp_path, voc_folder, iterations):
