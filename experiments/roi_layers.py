@@ -2,14 +2,18 @@
 
 ROIPooling pools the part of a feature map below each region of interest (ROI) into a grid of
 fixed size; SmoothL1Loss is the loss of the box regression.  Both run forward and backward on any
-pycaffe.  Forks of Caffe have both as native types, but on the CPU those abort in backward
-('Not Implemented Yet'): `roi_pooling` and `smooth_l1_loss` write the native layer only where a
-GPU computes.  The loops are compiled by numba and kept compiled in __pycache__.
+pycaffe.  The loops are compiled by numba and kept compiled in __pycache__.
 
-    python -c "import roi_layers; print(roi_layers.roi_pooling('p', 'conv5', 'rois', 6, 0.0625))"
+    layer {
+      name: "roi_pool5" type: "Python" bottom: "conv5" bottom: "rois" top: "pool5"
+      python_param { module: "roi_layers" layer: "ROIPooling"
+                     param_str: "{\"side\": 6, \"spatial_scale\": 0.0625}" }
+    }
+
+    python experiments/detection_net.py models/caffenet/deploy.prototxt test
 """
 import json
-from typing import Any, Collection, Sequence, Tuple
+from typing import Any, Tuple
 
 import numba
 import numpy as np
@@ -17,49 +21,7 @@ import numpy as np
 import boxes
 import definitions
 
-caffe = definitions.import_caffe()
-
-
-# ---------------------------------------------------------------------------------------------
-# Layers of a definition
-# ---------------------------------------------------------------------------------------------
-
-def native_types(gpu: bool) -> Collection[str]:
-    """Return those of the two types that the loaded Caffe can train with on the device."""
-    if not gpu:
-        return set()
-    return {"ROIPooling", "SmoothL1Loss"} & set(caffe.layer_type_list())
-
-
-def roi_pooling(name: str, maps: str, top: str, side: int, spatial_scale: float,
-                native: Collection[str] = ()) -> str:
-    """Return the prototxt of a layer that pools `maps` below the blob 'rois' to (side, side)."""
-    if "ROIPooling" in native:
-        parameters = ('type: "ROIPooling" roi_pooling_param { pooled_h: %d pooled_w: %d '
-                      "spatial_scale: %r }" % (side, side, spatial_scale))
-    else:
-        parameters = _python_parameters(
-            "ROIPooling", {"side": side, "spatial_scale": spatial_scale})
-    return ('name: "%s" bottom: "%s" bottom: "rois" top: "%s" %s'
-            % (name, maps, top, parameters))
-
-
-def smooth_l1_loss(name: str, bottoms: Sequence[str], native: Collection[str] = ()) -> str:
-    """Return the prototxt of a smooth L1 loss (sigma 1) of weight 1.
-
-    `bottoms` are prediction, target, inside and outside weights.
-    """
-    if "SmoothL1Loss" in native:
-        parameters = 'type: "SmoothL1Loss" smooth_l1_loss_param { sigma: 1 }'
-    else:
-        parameters = _python_parameters("SmoothL1Loss", {"sigma": 1})
-    return 'name: "%s" %s top: "%s" loss_weight: 1 %s' % (
-        name, " ".join('bottom: "%s"' % bottom for bottom in bottoms), name, parameters)
-
-
-def _python_parameters(layer: str, parameters: dict) -> str:
-    return ("type: \"Python\" python_param { module: \"roi_layers\" layer: \"%s\" param_str: '%s' }"
-            % (layer, json.dumps(parameters)))
+caffe: Any = definitions.import_caffe()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Contracts of experiments/boxes.py: hand-computed boxes, inverses, a slow reference."""
 import math
 
-import boxes
 import numpy as np
 import pytest
+
+import boxes
 from average_precision import overlaps
 
 

@@ -1,12 +1,14 @@
 """Contracts of experiments/roi_layers.py: a slow reference, finite differences, nets of Caffe."""
 import math
 
-import definitions
-import guarded
 import numpy as np
 import pytest
-import roi_layers
 from google.protobuf import text_format
+
+import definitions
+import detection_net
+import guarded
+import roi_layers
 
 
 def slow_pool(maps, rois, side, scale):
@@ -136,7 +138,7 @@ def differences(net, blob, value, step):
 def run_pooling_net():
     """Gradient of a random linear loss on pooled maps: Caffe's, and by central differences."""
     rng = np.random.RandomState(0)
-    net = net_of(roi_layers.roi_pooling("pool", "maps", "pooled", 2, 0.25),
+    net = net_of(detection_net.roi_pooling("pool", "maps", "pooled", 2, 0.25),
                  [("maps", (2, 2, 5, 6)), ("rois", (4, 5))])
     data = net.blobs["maps"].data
     data[...] = rng.permutation(data.size).reshape(data.shape)  # no two maxima within a step
@@ -162,7 +164,7 @@ def run_loss_net():
     """Loss and gradients of a smooth L1 layer of weight 1 on 3 ROIs: Caffe's and differences."""
     rng = np.random.RandomState(0)
     names = ["prediction", "target", "inside", "outside"]
-    net = net_of(roi_layers.smooth_l1_loss("loss", names), [(name, (3, 4)) for name in names])
+    net = net_of(detection_net.smooth_l1_loss("loss", names), [(name, (3, 4)) for name in names])
     for name in names:
         net.blobs[name].data[...] = rng.uniform(0.5, 3, (3, 4))
     net.blobs["target"].data[0] = net.blobs["prediction"].data[0] - 0.3  # the quadratic part
@@ -190,25 +192,10 @@ def test_the_loss_layer_is_the_formula_and_its_gradients_those_of_differences():
 
 def run_unequal_loss_net():
     names = ["prediction", "target", "inside", "outside"]
-    net_of(roi_layers.smooth_l1_loss("loss", names),
+    net_of(detection_net.smooth_l1_loss("loss", names),
            [(name, (3, 4 + (name == "target"))) for name in names])
 
 
 def test_a_loss_of_unequal_shapes_is_refused():
     with pytest.raises(ValueError, match="bottoms of one shape"):
         guarded.in_child(run_unequal_loss_net)
-
-
-def test_native_layers_are_written_where_caffe_trains_with_them():
-    native = {"ROIPooling", "SmoothL1Loss"}
-    pooling = roi_layers.roi_pooling("pool", "conv5", "pool5", 7, 0.0625, native)
-    assert 'type: "ROIPooling"' in pooling
-    assert "roi_pooling_param { pooled_h: 7 pooled_w: 7 spatial_scale: 0.0625 }" in pooling
-    loss = roi_layers.smooth_l1_loss("loss", ["a", "b", "c", "d"], native)
-    assert 'type: "SmoothL1Loss" smooth_l1_loss_param { sigma: 1 }' in loss
-
-
-def test_native_layers_are_never_used_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(roi_layers.caffe, "layer_type_list", lambda: ["ROIPooling", "ReLU"])
-    assert roi_layers.native_types(gpu=False) == set()
-    assert roi_layers.native_types(gpu=True) == {"ROIPooling"}

@@ -1,0 +1,89 @@
+"""The Caffe Python layer that feeds Fast R-CNN's training net, read ahead by a process.
+
+    layer {
+      name: "data" type: "Python" top: "data" top: "rois" top: "labels" top: "bbox_targets"
+      top: "bbox_inside_weights" top: "bbox_outside_weights"
+      python_param { module: "detection_data" layer: "RoiData" param_str: "{...JSON...}" }
+    }
+
+is written by detection_net.training_net; what the batches hold: detection_batches.
+
+    python experiments/detection_net.py models/caffenet/deploy.prototxt train
+"""
+import json
+from typing import Any, Sequence
+
+import numpy as np
+
+import definitions
+from detection_batches import IMAGES, ROIS, make_training_batches
+from prefetch import Prefetcher
+
+caffe: Any = definitions.import_caffe()
+
+
+class RoiData(caffe.Layer):
+    """Tops: images (2, 3, height, width), ROIs (r, 5), labels (r,), and targets, inside and outside
+    weights (r, 4 (classes + 1)).
+
+    Batch k of a run is a function of (seed, k); several solvers take turns.  Smaller images lie
+    in the top left corner; what they leave is 0, the mean colour.
+    """
+
+    def setup(self, bottom: Sequence[Any], top: Sequence[Any]) -> None:
+        given = json.loads(self.param_str)
+        columns = 4 * len(given["means"])
+        for blob, shape in zip(_all(top), ((IMAGES, 3, min(given["scales"]), min(given["scales"])),
+                                           (1, 5), (1,), (1, columns), (1, columns),
+                                           (1, columns))):
+            blob.reshape(*shape)
+        rows = 4 * IMAGES * ROIS * (5 + 1 + 2 * columns)
+        self.batches = Prefetcher(make_training_batches, (
+            given["folder"], given["means"], given["deviations"], given["scales"],
+            given["max_size"], given["seed"], given["broken_limit"]), given["workers"],
+            slot_bytes=IMAGES * given["image_bytes"] + rows + 1024,
+            broken_limit=given["broken_limit"])
+        self.started = False
+
+    def begin(self, batch: int) -> None:
+        """Start at the batch that follows the first `batch` batches of a run."""
+        count = max(1, caffe.solver_count())
+        self.batches.start(batch * count + caffe.solver_rank(), count)
+        self.started = True
+
+    def close(self) -> None:
+        """End the workers."""
+        self.batches.close()
+        self.started = False
+
+    def reshape(self, bottom: Sequence[Any], top: Sequence[Any]) -> None:
+        pass  # done in forward, when the batch is known
+
+    def forward(self, bottom: Sequence[Any], top: Sequence[Any]) -> None:
+        if not self.started:  # Caffe's own tools know no begin()
+            self.begin(0)
+        arrays = self.batches.next()
+        images, rest = arrays[:IMAGES], arrays[IMAGES:]
+        height, width = np.max([image.shape[1:] for image in images], axis=0)
+        top[0].reshape(IMAGES, 3, int(height), int(width))
+        for row, image in zip(top[0].data, images):
+            _place(image, row)
+        for blob, array in zip(_all(top)[1:], rest + rest[-1:]):  # weights inside and outside
+            blob.reshape(*array.shape)
+            blob.data[...] = array
+
+    def backward(self, *_: Any) -> None:
+        pass  # data has no gradient
+
+
+def _all(top: Sequence[Any]) -> Sequence[Any]:
+    """The blobs of Caffe's own vector type, which only knows positions."""
+    return [top[position] for position in range(len(top))]
+
+
+def _place(image: np.ndarray, row: np.ndarray) -> None:
+    """Write an image into the top left corner of a larger one that is 0 elsewhere."""
+    height, width = image.shape[1:]
+    row[:, :height, :width] = image
+    row[:, height:] = 0
+    row[:, :height, width:] = 0
