@@ -10,7 +10,7 @@ import concurrent.futures
 import glob
 import os
 import tempfile
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import cv2
 import numpy as np
@@ -97,18 +97,21 @@ class WorkingNet:
         self.affine = [layer for layer in self.layers if is_affine(layer)]
 
     def _read_layers(self) -> List[Layer]:
-        parameters = {layer.name: layer for layer in self.definition.layer}
+        net, own = self.net, list(self.definition.layer)
         original: Dict[str, str] = {}
         layers = []
-        for index, name in enumerate(self.net._layer_names):
-            caffe_layer = self.net.layers[index]
-            bottoms = [original.get(blob, blob) for blob in self.net.bottom_names[name]]
-            tops = list(self.net.top_names[name])
-            if caffe_layer.type == "Split":
+        for index, name in enumerate(net._layer_names):
+            bottoms, tops = ([net._blob_names[blob] for blob in blobs(index)]
+                             for blobs in (net._bottom_ids, net._top_ids))
+            bottoms = [original.get(blob, blob) for blob in bottoms]
+            parameters = None
+            if own and own[0].name == name:
+                parameters = own.pop(0)
+            else:  # a Split that Caffe put in
                 original.update((top, bottoms[0]) for top in tops)
                 tops = []
-            layers.append(Layer(index, name, caffe_layer.type, bottoms, tops, caffe_layer.blobs,
-                                parameters.get(name)))
+            layers.append(Layer(index, name, net.layers[index].type, bottoms, tops,
+                                net.layers[index].blobs, parameters))
         return layers
 
     def blob(self, name: str) -> Any:
@@ -248,12 +251,11 @@ def segments(working: WorkingNet, stop_types: Sequence[str]) -> List[Segment]:
     """Cut a net at every layer of `stop_types` that has parameters of its own."""
     runs: List[List[Layer]] = []
     for layer in working.layers:
-        if stops(layer, stop_types) or not runs or stops(runs[-1][0], stop_types):
-            runs.append([])
         if layer.type == "Input":
             continue
+        if stops(layer, stop_types) or not runs or stops(runs[-1][0], stop_types):
+            runs.append([])
         runs[-1].append(layer)
-    runs = [run for run in runs if run]
     reads = []
     for run in runs:
         made: List[str] = []
@@ -431,13 +433,13 @@ def walk(working: WorkingNet, store: BlobStore, batches: int, stop_types: Sequen
     makes it to its last reader, batch by batch.
     """
     net = working.net
-    inputs = {top for layer in working.layers if layer.type == "Input" for top in layer.tops}
+    kept: Set[str] = set()  # what is not, is to be fed
     for segment in segments(working, stop_types):
         def load(batch: int, segment: Segment = segment) -> None:
-            if inputs.intersection(segment.reads):
+            if not kept.issuperset(segment.reads):
                 feed(batch)
             for blob in segment.reads:
-                if blob not in inputs:
+                if blob in kept:
                     store.load(blob, batch, net.blobs[blob].data)
 
         if segment.stop is not None:
@@ -453,6 +455,7 @@ def walk(working: WorkingNet, store: BlobStore, batches: int, stop_types: Sequen
                     statistics.add(net.blobs[top].data)
             for blob in segment.keeps:
                 store.put(blob, batch, net.blobs[blob].data)
+        kept.update(segment.keeps)
         for blob in segment.keeps:
             store.settle(blob)
         if segment.stop is not None:
