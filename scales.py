@@ -72,8 +72,8 @@ class ScaleGraph:
         self._tie_shared_weights()
 
     def _add(self, layer: Layer) -> None:
-        if layer.type == "Split":
-            return  # its tops go by their bottom's name
+        if layer.type == "Split" and not layer.tops:
+            return  # Caffe's own: its tops go by their bottom's name
         bottoms = [self.blobs[name] for name in layer.bottoms]
         if not layer.bottoms:
             rule: Rule = fixed
@@ -349,6 +349,7 @@ TABLE: Dict[str, Rule] = {
     "Flatten": reshaped, "Reshape": reshaped, "Im2col": reshaped, "Permute": permuted,
     "Tile": along_axis, "Reverse": along_axis, "Crop": cropped, "Reduction": reduced,
     "Filter": selected, "BatchReindex": selected, "ArgMax": absorbed,
+    "Split": through,
     "BNLL": fixed, "Exp": fixed, "Log": fixed, "Sigmoid": fixed, "Softmax": fixed, "Swish": fixed,
     "TanH": fixed, "Threshold": fixed, "LSTM": fixed, "LSTMUnit": fixed, "RNN": fixed,
     "ContinuationIndicator": fixed,
