@@ -481,12 +481,12 @@ def _load(plan: Plan, solver: Any, snapshot: Optional[run_folder.Snapshot]) -> N
         left = load_weights(solver.net, plan.weights, plan.fresh)
         if left:
             logging.info("filled afresh, not loaded from %s: %s", plan.weights, ", ".join(left))
-        _check_filled(plan.net, left)
+        check_filled(plan.net, left)
     else:
-        _check_filled(plan.net, list(solver.net.params))
+        check_filled(plan.net, list(solver.net.params))
 
 
-def _check_filled(net: Any, names: Sequence[str]) -> None:
+def check_filled(net: Any, names: Sequence[str]) -> None:
     """Raise ValueError naming the first layer of `names` whose weights nothing sets.
 
     Caffe would leave them 0, which no training leaves again.

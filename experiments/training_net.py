@@ -83,10 +83,14 @@ def image_source_layer(name: str, tops: Sequence[str], dataset: str, arguments: 
 
 def test_net(net: Classifier) -> Any:
     """Return the NetParameter that computes `net.scores` of images put into its Input."""
-    source = caffe_messages().LayerParameter(name=net.image.blob, type="Input",
-                                             top=[net.image.blob])
-    source.input_param.shape.add(dim=net.image.shape)
-    return caffe_messages().NetParameter(layer=[source, *net.layers])
+    return input_net(net.layers, net.image)
+
+
+def input_net(layers: Sequence[Any], image: Input) -> Any:
+    """Return the NetParameter of `layers` with images put into an Input."""
+    source = caffe_messages().LayerParameter(name=image.blob, type="Input", top=[image.blob])
+    source.input_param.shape.add(dim=image.shape)
+    return caffe_messages().NetParameter(layer=[source, *layers])
 
 
 def layers_from(net: Classifier, name: str) -> List[str]:
