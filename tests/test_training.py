@@ -8,12 +8,12 @@ import subprocess
 
 import numpy as np
 import pytest
+import tiny_net
 from google.protobuf import text_format
 
 import definitions
 import guarded
 import run_folder
-import tiny_net
 import training
 from training import Folding, Measurement, Plan
 
