@@ -152,14 +152,41 @@ TABLES: Dict[str, Table] = {"table1": TABLE1, "table2": TABLE2, "table3": TABLE3
 
 
 # ---------------------------------------------------------------------------------------------
+# Figures 3 and 4: training on ImageNet
+# ---------------------------------------------------------------------------------------------
+
+class Curve(NamedTuple):
+    """A run whose curves are drawn: its net and the weights that it starts from, `reference` for
+    the definition's fillers, and train_imagenet.py's preset."""
+
+    net: str
+    method: str
+    preset: str
+
+
+CURVES: Dict[str, Dict[str, Curve]] = {
+    "figure3": {"reference": Curve("caffenet", "reference", "caffenet"),
+                "gaussian": Curve("caffenet", "ours-gaussian", "caffenet"),
+                "kmeans": Curve("caffenet", "ours-kmeans", "caffenet"),
+                "kmeans_nolrn": Curve("caffenet_nolrn", "ours-kmeans", "caffenet-nolrn")},
+    "figure4": {"reference": Curve("googlenet", "reference", "googlenet"),
+                "kmeans": Curve("googlenet", "ours-kmeans", "googlenet"),
+                "kmeans_single": Curve("googlenet_single", "ours-kmeans", "googlenet-single")}}
+
+
+# ---------------------------------------------------------------------------------------------
 # Where files are
 # ---------------------------------------------------------------------------------------------
 
 class Places:
-    """The files of runs under a configuration (experiments/config.schema.yaml)."""
+    """The files of runs under a configuration (experiments/config.schema.yaml).
 
-    def __init__(self, config: Dict[str, Any]) -> None:
+    `made` are files that will be made and so are not missing.
+    """
+
+    def __init__(self, config: Dict[str, Any], made: Sequence[str] = ()) -> None:
         self.config = config
+        self.made = made
         self.root = config["output"]
 
     def start(self, net: str, method: str, scaling: str, seed: object) -> str:
@@ -167,6 +194,12 @@ class Places:
         if method in self.config["pretrained"] and scaling == "none":
             return self.converted(method)
         return os.path.join(self.root, "start", net, method, scaling, "seed%s.caffemodel" % seed)
+
+    def definition(self, net: str, method: str, scaling: str, seed: object) -> str:
+        """The definition for these weights: scaling between layers may have changed it."""
+        if method in self.config["pretrained"] and scaling == "none":
+            return str(self.config["models"][net])
+        return os.path.splitext(self.start(net, method, scaling, seed))[0] + ".prototxt"
 
     def converted(self, name: str) -> str:
         """A pretrained model in the layers of this project's nets."""
@@ -197,7 +230,11 @@ class Places:
 
     def missing(self, run: Run) -> Optional[str]:
         """The pretrained caffemodel that a run would start from and that is not there."""
-        source = self.config["pretrained"].get(run.method)
-        if source is None or os.path.exists(source["weights"]):
+        if run.method not in self.config["pretrained"] or self.available(run.method):
             return None
-        return str(source["weights"])
+        return str(self.config["pretrained"][run.method]["weights"])
+
+    def available(self, name: str) -> bool:
+        """Whether a pretrained caffemodel is there."""
+        weights = self.config["pretrained"][name]["weights"]
+        return os.path.exists(weights) or weights in self.made

@@ -2,7 +2,7 @@
 
     python experiments/tables.py table2 --config experiments/paper.yaml --out build/tables
 
-writes OUT/table2.md, .csv and .tex from whatever runs there are by now: a cell that was not run
+writes OUT/table2.md, .html, .tex and .csv from whatever runs there are by now: a cell that was not run
 says so.  Ours is the mean average precision (11-point, %) over the seeds with its standard error.
 Where several learning rates were tried, the one with the best mean is shown, chosen on the test
 set as the paper seems to have done; the CSV holds it.
@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 import sys
+from html import escape
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import yaml  # type: ignore[import-untyped]
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         entries = [entry(cell, places) for cell in TABLES[name].cells]
         path = os.path.join(arguments.out, name)
         _write(path + ".md", markdown(TABLES[name], entries))
+        _write(path + ".html", html(TABLES[name], entries))
         _write(path + ".tex", latex(TABLES[name], entries))
         results.write_csv(path + ".csv", CSV_COLUMNS, [_csv_row(one) for one in entries])
 
@@ -136,6 +138,25 @@ def latex(table: Table, entries: Sequence[Entry]) -> str:
         texts = [_escaped(_text(_at(entries, row, column), r"$\pm$")) for column in table.columns]
         lines.append(" & ".join([_escaped(row)] + texts) + r" \\")
     return "\n".join(lines + [r"\hline", r"\end{tabular}"]) + "\n"
+
+
+def html(table: Table, entries: Sequence[Entry]) -> str:
+    """Return the same as a page."""
+    lines = ["<!DOCTYPE html>", '<meta charset="utf-8">', "<title>%s</title>" % escape(table.title),
+             "<style>body{font-family:sans-serif} table{border-collapse:collapse}",
+             "td,th{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:left}</style>",
+             "<h1>%s</h1>" % escape(table.title),
+             "<p>Mean average precision in %: paper / ours ± standard error over seeds "
+             "(difference). " + _seeds(entries) + "</p>", "<table>",
+             _html_row("th", [""] + list(table.columns))]
+    for row in table.rows:
+        texts = [_text(_at(entries, row, column), "±") for column in table.columns]
+        lines.append(_html_row("td", [row] + texts))
+    return "\n".join(lines + ["</table>"]) + "\n"
+
+
+def _html_row(tag: str, texts: Sequence[str]) -> str:
+    return "<tr>%s</tr>" % "".join("<%s>%s</%s>" % (tag, escape(text), tag) for text in texts)
 
 
 def _at(entries: Sequence[Entry], row: str, column: str) -> Optional[Entry]:
