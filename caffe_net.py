@@ -20,8 +20,8 @@ from guarded import ChildDied, in_child
 
 # Layers z = W x + b whose weights train; Scale with one bottom is one weight a channel.
 AFFINE = {"Convolution", "Deconvolution", "InnerProduct", "Embed", "Scale"}
-# Variance below this part of the layer's median variance counts as a constant channel.
-CONSTANT = 1e-10
+# Numbers that are squared in one go: what fits a core's cache.
+CHUNK = 1 << 16
 
 
 def choose_device(cpu: bool, gpu: Optional[int]) -> Optional[int]:
@@ -153,6 +153,19 @@ def is_affine(layer: Layer) -> bool:
             and not (layer.type == "Scale" and len(layer.bottoms) > 1))
 
 
+def sum_of_squares(array: np.ndarray) -> float:
+    """Return the sum of squares in float64, whatever the numbers' magnitude."""
+    flat = array.reshape(-1)
+    peak = float(max(flat.max(), -flat.min()))
+    if peak == 0 or not np.isfinite(peak):
+        return peak
+    total = 0.0
+    for start in range(0, flat.size, CHUNK):
+        part = flat[start:start + CHUNK] * np.float32(1 / peak)
+        total += float(np.dot(part, part))
+    return total * peak ** 2
+
+
 def address(blob: Any) -> int:
     """Where a blob's data lies: equal for layers that share it."""
     return blob.data.__array_interface__["data"][0]
@@ -194,34 +207,28 @@ def output_axis(layer: Layer, dimensions: int) -> int:
 
 
 class Geometry(NamedTuple):
-    """Where a two-dimensional convolution's kernel lies, as (height, width) pairs."""
-    kernel: Tuple[int, int]
-    stride: Tuple[int, int]
-    pad: Tuple[int, int]
-    dilation: Tuple[int, int]
+    """Where a convolution's kernel lies: a number per spatial axis, (height, width) for images."""
+    kernel: Tuple[int, ...]
+    stride: Tuple[int, ...]
+    pad: Tuple[int, ...]
+    dilation: Tuple[int, ...]
 
 
 def geometry(layer: Layer) -> Optional[Geometry]:
-    """Return the geometry of a two-dimensional convolution over (n, channels, height, width).
-
-    None for every other layer.
-    """
-    if layer.type != "Convolution" or layer.weights.ndim != 4:
+    """Return the geometry of a convolution over (n, channels, ...), None for all other layers."""
+    if layer.type != "Convolution" or layer.parameters.convolution_param.axis != 1:
         return None
     parameters = layer.parameters.convolution_param
-    if parameters.axis != 1:
-        return None
+    kernel = tuple(layer.weights.shape[2:])
 
-    def pair(name: str, default: int) -> Tuple[int, int]:
+    def each_axis(name: str, default: int) -> Tuple[int, ...]:
         values = list(getattr(parameters, name))
-        if not values and parameters.HasField(name + "_h"):
+        if not values and name + "_h" in parameters.DESCRIPTOR.fields_by_name \
+                and parameters.HasField(name + "_h"):
             values = [getattr(parameters, name + "_h"), getattr(parameters, name + "_w")]
         values = values or [default]
-        return values[0], values[-1]
-    dilation = list(parameters.dilation) or [1]
-    height, width = layer.weights.shape[2:]
-    return Geometry((height, width), pair("stride", 1), pair("pad", 0),
-                    (dilation[0], dilation[-1]))
+        return tuple(values if len(values) == len(kernel) else values * len(kernel))
+    return Geometry(kernel, each_axis("stride", 1), each_axis("pad", 0), each_axis("dilation", 1))
 
 
 def channels(shape: Sequence[int]) -> int:
@@ -416,11 +423,13 @@ class BlobStore:
 class Stop(NamedTuple):
     """What `walk` yields: a layer before it runs (`statistics` is None), and after it has.
 
-    `load(batch)` puts a batch of the layer's bottoms into the net.
+    `load(batch)` puts a batch of the layer's bottoms into the net.  `energy` (batches,) is the sum
+    of squares of the first bottom, batch by batch.
     """
     layer: Layer
     load: Callable[[int], None]
     statistics: Optional[Statistics]
+    energy: np.ndarray
 
 
 def walk(working: WorkingNet, store: BlobStore, batches: int, stop_types: Sequence[str],
@@ -443,10 +452,13 @@ def walk(working: WorkingNet, store: BlobStore, batches: int, stop_types: Sequen
                     store.load(blob, batch, net.blobs[blob].data)
 
         if segment.stop is not None:
-            yield Stop(segment.stop, load, None)
+            yield Stop(segment.stop, load, None, np.zeros(batches))
         statistics = Statistics()
+        energy = np.zeros(batches)
         for batch in range(batches):
             load(batch)
+            if segment.stop is not None:
+                energy[batch] = sum_of_squares(net.blobs[segment.stop.bottoms[0]].data)
             for blob in segment.forgets:
                 store.drop(blob, batch)
             net._forward(segment.first, segment.last)
@@ -459,7 +471,7 @@ def walk(working: WorkingNet, store: BlobStore, batches: int, stop_types: Sequen
         for blob in segment.keeps:
             store.settle(blob)
         if segment.stop is not None:
-            yield Stop(segment.stop, load, statistics)
+            yield Stop(segment.stop, load, statistics, energy)
 
 
 # ---------------------------------------------------------------------------------------------

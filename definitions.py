@@ -9,7 +9,7 @@ before Caffe may abort on it, and written back in today's dialect.
 import importlib
 import os
 import tempfile
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
 
 from google.protobuf import text_format
 from google.protobuf.message import DecodeError
@@ -153,6 +153,23 @@ def working_definition(definition: Any, batch_size: Optional[int]) -> Tuple[Any,
         writer = [layer for layer in working.layer if name in layer.top][-1]
         writer.loss_weight[:] = [float(top == name) for top in writer.top]
     return working, image
+
+
+def spare_weight_gradients(definition: Any, spared: Callable[[Any], bool]) -> None:
+    """Set lr_mult to 0 in layers that are `spared` and that Caffe's backward pass crosses anyway.
+
+    Caffe goes back to the first layers that learn and no further, so those keep theirs.
+    """
+    crossed: Set[str] = set()
+    for layer in definition.layer:
+        below = crossed.intersection(layer.bottom)
+        if spared(layer) and below:
+            while len(layer.param) < 2:
+                layer.param.add()
+            for parameter in layer.param:
+                parameter.lr_mult = 0
+        if spared(layer) or below:
+            crossed.update(layer.top)
 
 
 def image_layers(definition: Any, batch_size: Optional[int]) -> Tuple[List[Any], Optional[Input]]:

@@ -8,7 +8,6 @@ rate: weights from data (section 3.3), outputs of every channel with mean beta a
         --data 'photos/*.jpg' --type kmeans --calibrate --figure caffenet.png
 """
 import argparse
-import itertools
 import logging
 import os
 import sys
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 import caffe_net
 import definitions
+import gradients
 import guarded
 import rate_figure
 import rescale
@@ -43,6 +43,8 @@ CONSTANT = 1e-10
 EQUAL = 1.05
 # Standard error of layers' log rates, from batch to batch, below which measuring ends.
 UNCERTAIN = 0.02
+# Log scales that change less leave layers that are nearly homogeneous (LRN) as they were.
+SMALL = 0.1
 # A rescaled net's outputs may differ by this part of their std.
 TOLERANCE = 1e-3
 PATCH_BYTES = 1 << 29
@@ -78,7 +80,7 @@ def set_weights(stop: Stop, working: WorkingNet, batches: int, kind: str, within
         return "ones"
     gaussian = kind in ("gaussian", "elwise")
     geometry = caffe_net.geometry(layer)
-    if gaussian or geometry is None:
+    if gaussian or geometry is None or len(geometry.kernel) != 2:
         layer.weights[...] = weights.gaussian(layer.weights.shape, rng,
                                               1.0 if within else UNSCALED_STD)
         if gaussian or layer.type == "InnerProduct":
@@ -102,13 +104,14 @@ def _patches(stop: Stop, working: WorkingNet, batches: int, geometry: caffe_net.
     dimension = depth * int(np.prod(geometry.kernel))
     count = min(weights.PATCHES_PER_DIMENSION * dimension, PATCH_BYTES // (4 * dimension))
     count = max(count, 2 * stop.layer.weights.shape[0] // groups, 1000)
+    pairs = [(one, two) for one, two in geometry]
     for group in range(groups):
         parts = []
         for batch in range(batches):
             stop.load(batch)
             share = count * (batch + 1) // batches - count * batch // batches
             parts.append(weights.sample_patches(bottom[:, group * depth:(group + 1) * depth], share,
-                                                rng, *geometry))
+                                                rng, *pairs))
         yield np.concatenate(parts).reshape(count, dimension)
 
 
@@ -185,13 +188,16 @@ class Plan(NamedTuple):
 
 
 def initialise(working: WorkingNet, plan: Plan, store: BlobStore, feed: Callable[[int], None],
-               rng: np.random.Generator, step: Callable[[], Any]) -> List[LayerRecord]:
-    """Algorithm 1 on every layer of `plan.fresh`, in one pass; return what was done to all.
+               rng: np.random.Generator, step: Callable[[], Any],
+               ) -> Tuple[List[LayerRecord], Dict[str, np.ndarray]]:
+    """Algorithm 1 on every layer of `plan.fresh`, in one pass.
 
-    Other layers only have their outputs measured.  `step` is called behind every layer.
+    Other layers only have their outputs measured.  `step` is called behind every layer.  Returns
+    what was done to all, and the energy of each layer's input, batch by batch.
     """
     done: Dict[str, str] = {}
-    records = []
+    records: List[LayerRecord] = []
+    energy: Dict[str, np.ndarray] = {}
     for stop in caffe_net.walk(working, store, plan.batches, STOPS, feed):
         layer = stop.layer
         fresh = layer.name in plan.fresh
@@ -207,11 +213,12 @@ def initialise(working: WorkingNet, plan: Plan, store: BlobStore, feed: Callable
         step()
         if not caffe_net.is_affine(layer):
             continue
+        energy[layer.name] = stop.energy
         mean, variance = statistics.overall()
         records.append(LayerRecord(layer.name, layer.type, done[layer.name], layer.weights.size,
                                    mean, float(np.sqrt(variance)), dead))
         _check_output(records[-1])
-    return records
+    return records, energy
 
 
 def _set_parameters(stop: Stop, working: WorkingNet, plan: Plan,
@@ -251,30 +258,31 @@ class Calibration(NamedTuple):
     difference: Optional[float] = None
 
 
-def measure_in_turns(graph: ScaleGraph, forward: Callable[[], None], alpha: float,
-                     iterations: int, rng: np.random.Generator,
+def measure_in_turns(working: WorkingNet, measure: Callable[[int], ChangeRates], alpha: float,
+                     iterations: int,
                      step: Callable[[], Any]) -> Tuple[Calibration, ChangeRates]:
     """Algorithm 2 on a net from scratch: measure, rescale by alpha, measure again.
 
-    The net holds one batch already; `forward` runs the next.  What earlier rounds measured counts
-    in later ones, in closed form.  Ends when all layers' rates are within EQUAL or no closer.
-    Returns also all that was measured, at the final scales.
+    `measure(round)` takes another batch each round.  Ends when all layers' rates are within EQUAL,
+    or when only a step below SMALL is left: what that does, and what it does to rates that were
+    measured before, is known in closed form even where LRN layers are not quite homogeneous.
+    Returns also all rates that count, at the final scales.
     """
-    before = after = measured = rescale.measure(graph, rng)
-    total = np.zeros(graph.variables)
-    for number in range(iterations):
-        scales = alpha * rescale.solve(graph, measured, set()).log_scales
+    before = measured = measure(0)
+    total = np.zeros(ScaleGraph(working).variables)
+    for number in range(1, iterations + 1):
+        graph, scales = rescale.solve_from_scratch(working, measured)
+        scales = alpha * scales
         rescale.apply_to_weights(graph, scales)
         total += scales
-        forward()
-        last, after = after, rescale.measure(graph, rng)
-        measured = measured.rescaled(rescale.log_factors(graph, scales)).joined(after)
         step()
-        log.debug("round %d: %.4g", number, rescale.spread(after.by_layer()))
-        closest = rescale.spread(after.by_layer())
-        if closest < EQUAL or (number and closest >= rescale.spread(last.by_layer())):
+        measured = measured.rescaled(rescale.log_factors(graph, scales))
+        if number > 1 and np.abs(scales).max(initial=0) < SMALL:
             break
-    return Calibration(before, after, total), measured
+        measured = measure(number)
+        if rescale.spread(measured.by_layer()) < EQUAL:
+            break
+    return Calibration(before, measured, total), measured
 
 
 def between_layers(session: "Session", arguments: argparse.Namespace, loaded: bool,
@@ -287,18 +295,17 @@ def between_layers(session: "Session", arguments: argparse.Namespace, loaded: bo
     """
     graph = ScaleGraph(session.working)
     if not arguments.calibrate:
-        rates = rescale.measure(graph, session.rng)
+        rates = session.measure(graph, -1)
         session.working.net.save(output)
         return Calibration(rates, rates, np.zeros(graph.variables))
     if loaded:
         rates = measure_enough(session, graph)
         done = Calibration(rates, rates, np.zeros(graph.variables))
     else:
-        turns = itertools.cycle(range(session.batches))
         with session.bar("between layers", arguments.iterations) as bar:
-            done, rates = measure_in_turns(graph, lambda: session.forward(next(turns)),
-                                           arguments.alpha, arguments.iterations, session.rng,
-                                           bar.update)
+            done, rates = measure_in_turns(
+                session.working, lambda turn: session.measure(graph, turn - 1), arguments.alpha,
+                arguments.iterations, bar.update)
     may_divide = rescale.dividable(graph, outputs_too=loaded)
     if not loaded and (not may_divide or rescale.spread(done.after.by_layer()) < rescale.GOAL):
         session.working.net.save(output)
@@ -316,8 +323,7 @@ def measure_enough(session: "Session", graph: ScaleGraph) -> ChangeRates:
     rates: Optional[ChangeRates] = None
     with session.bar("between layers", len(batches)) as bar:
         for batch in batches:
-            session.forward(batch)
-            draw = rescale.measure(graph, session.rng)
+            draw = session.measure(graph, batch)
             rates = draw if rates is None else rates.joined(draw)
             bar.update()
             if rates.uncertainty() < UNCERTAIN:
@@ -387,6 +393,7 @@ class Session:
     def __init__(self, arguments: argparse.Namespace, paths: Sequence[str]) -> None:
         self.rng = np.random.default_rng(arguments.seed)
         self.seconds: Dict[str, float] = {}
+        self.energy: Dict[str, np.ndarray] = {}
         self._clock = time.perf_counter()
         self._quiet = arguments.quiet or not sys.stderr.isatty()
         caffe_net.use_device(arguments.device)
@@ -409,8 +416,10 @@ class Session:
         self.lap("set up")
 
     def build(self, definition: Any, with_images: bool) -> WorkingNet:
-        return WorkingNet(*definitions.working_definition(
-            definition, self.size if with_images else None))
+        working, image = definitions.working_definition(
+            definition, self.size if with_images else None)
+        definitions.spare_weight_gradients(working, gradients.per_image)
+        return WorkingNet(working, image)
 
     def put(self, batch: int) -> None:
         """Put a batch of images into the net."""
@@ -422,6 +431,23 @@ class Session:
         if self.feed is not None:
             self.put(batch)
         self.working.forward()
+
+    def measure(self, graph: ScaleGraph, turn: int) -> ChangeRates:
+        """Return the change rates on a batch, of turn -1 on the one that the net holds.
+
+        Squared gradients go with the energy E[z^2] of their layer's input (equation 4), which the
+        walk knows for all images: they count as if the batch's energy were the mean one.
+        """
+        batch = turn % self.batches
+        if turn >= 0:
+            self.forward(batch)
+        rates = rescale.measure(graph, self.rng)
+        if self.feed is None and turn >= 0:
+            return rates  # images that the walk has not seen
+        energies = [self.energy[scaled.layer.name] for scaled in rescale.owners(graph.affine)]
+        factors = [energy.mean() / energy[batch] if energy[batch] > 0 else 1.0
+                   for energy in energies]
+        return rates.weighted(np.array(factors))
 
     def lap(self, phase: str) -> None:
         """Book the seconds since the last call on a phase."""
@@ -456,7 +482,8 @@ def work(arguments: argparse.Namespace, paths: Sequence[str], output: str) -> Re
     store = BlobStore(arguments.mem_limit * 1e6)
     stops = sum(caffe_net.stops(layer, STOPS) for layer in working.layers)
     with session.bar("within layers", stops) as bar:
-        records = initialise(working, plan, store, session.put, session.rng, bar.update)
+        records, session.energy = initialise(working, plan, store, session.put, session.rng,
+                                             bar.update)
     if store.spooled_bytes:
         notes.append("%.0f MB of blobs went through a temporary file (--mem-limit %g)"
                      % (store.spooled_bytes / 1e6, arguments.mem_limit))
@@ -673,10 +700,14 @@ def _table(found: Result) -> List[str]:
         cells += ["%.4g" % rate for rate in rates] if rates else ["", ""]
         lines.append(form % (record.name, record.weights, *cells,
                              "%.3g" % variation[1] if variation else ""))
-    before, after = zip(*found.rates.values())
-    lines.append("largest over smallest rate: %.4g before, %.4g after" % (
-        rescale.spread(np.array(before)), rescale.spread(np.array(after))))
+    lines.append("largest over smallest rate: %.4g before, %.4g after" % _spreads(found))
     return lines
+
+
+def _spreads(found: Result) -> Tuple[float, float]:
+    """The largest over the smallest change rate, before and after."""
+    rates = np.array(list(found.rates.values()))
+    return rescale.spread(rates[:, 0]), rescale.spread(rates[:, 1])
 
 
 def _report(found: Result, arguments: argparse.Namespace) -> Dict[str, Any]:
@@ -688,12 +719,11 @@ def _report(found: Result, arguments: argparse.Namespace) -> Dict[str, Any]:
             before, after = pairs.get(record.name, (None, None))
             layer.update({key + "_before": before, key + "_after": after})
         layers.append(layer)
-    before, after = zip(*found.rates.values())
+    spread_before, spread_after = _spreads(found)
     return {**found.provenance, "definition": arguments.prototxt, "output": arguments.output,
             "type": arguments.type, "bias": arguments.bias, "images": found.images,
-            "layers": layers, "spread_before": rescale.spread(np.array(before)),
-            "spread_after": rescale.spread(np.array(after)), "changes": found.changes,
-            "notes": found.notes, "output_difference": found.difference,
+            "layers": layers, "spread_before": spread_before, "spread_after": spread_after,
+            "changes": found.changes, "notes": found.notes, "output_difference": found.difference,
             "seconds": found.seconds}
 
 

@@ -9,13 +9,14 @@ point of Algorithm 2, r_k = (C_k / C)^(1/2), reached at once.
 
     python magic_init.py models/caffenet_tiny/deploy.prototxt out.caffemodel -d 'photos/*' -cs
 """
-from typing import Any, Dict, List, NamedTuple, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-from caffe_net import address, affine_view
+import gradients
+from caffe_net import WorkingNet, address, affine_view, sum_of_squares
 from scales import AffineScales, Form, ScaleGraph, plus
 
 # Layers' rates within this factor need no auxiliary Power layer.
@@ -25,18 +26,14 @@ GOAL = 1.2
 BLOCK_WEIGHT = 0.1
 # Random numbers that a measurement of change rates draws at least.
 LOSSES = 8000
-# Numbers that are squared in one go: what fits a core's cache.
-CHUNK = 1 << 16
 
 
 class ChangeRates:
     """Squared gradients and weights of all (layer, input block) pairs of a net.
 
     `layer` (pairs,) tells a pair's affine layer, `size` (pairs,) counts its weights, `weights`
-    (pairs,) is their sum of squares; `gradients` and `fourths` (draws, pairs) are sums of g^2 and
-    g^4 over the weights, g the gradient summed over a draw's images, divided by the number of
-    images and its square.  Given the images, g is Gaussian, because the loss is linear in the
-    Gaussian eta: the variance over eta of one weight has E[g^2]^2 = E[g^4] / 3.
+    (pairs,) is their sum of squares; `gradients` and `fourths` (draws, pairs) are the moments of
+    gradients.Moments, a row for each batch measured.
     """
 
     def __init__(self, layer: np.ndarray, size: np.ndarray, weights: np.ndarray,
@@ -51,6 +48,12 @@ class ChangeRates:
         """Rates of the same images after weight blocks became W / exp(log_factors) (pairs,)."""
         factor = np.exp(2 * log_factors)
         return ChangeRates(self.layer, self.size, self.weights / factor, self.gradients * factor,
+                           self.fourths * factor ** 2)
+
+    def weighted(self, factors: np.ndarray) -> "ChangeRates":
+        """Rates whose squared gradients count `factors` (layers,) times."""
+        factor = factors[self.layer]
+        return ChangeRates(self.layer, self.size, self.weights, self.gradients * factor,
                            self.fourths * factor ** 2)
 
     def joined(self, other: "ChangeRates") -> "ChangeRates":
@@ -75,7 +78,7 @@ class ChangeRates:
         Equation 2 and figure 1b: std over mean, from the fourth moments of each draw.
         """
         size = self._sum(self.size.astype(np.float64))
-        fourth = np.array([self._sum(draw) for draw in self.fourths]) / 3 / size
+        fourth = np.array([self._sum(draw) for draw in self.fourths]) / size
         second = np.array([self._sum(draw) for draw in self.gradients]) / size
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = fourth.sum(axis=0) / (second ** 2).sum(axis=0)
@@ -120,53 +123,37 @@ def owners(affine: Sequence[AffineScales]) -> List[AffineScales]:
 # ---------------------------------------------------------------------------------------------
 
 def measure(graph: ScaleGraph, rng: np.random.Generator) -> ChangeRates:
-    """Run backward passes from what the net's blobs hold and return the change rates, one draw.
+    """Run a backward pass from what the net's blobs hold and return the change rates, one draw.
 
-    Every image gets its own eta ~ N(0, I) at every output.  The gradient summed over a batch with
-    independent eta has the sum of the images' squared gradients as its expected square, so one
-    pass does where outputs are many; where they are few, the mean over passes is taken until
-    LOSSES random numbers were drawn.
+    Every image gets its own random loss eta ~ N(0, I) at every output.  Where outputs are few, the
+    mean over several passes is taken, until LOSSES random numbers were drawn.
     """
-    size = sum(graph.working.blob(name).data.size for name in graph.working.outputs)
-    images = len(graph.working.blob(graph.working.outputs[0]).data)
+    working = graph.working
+    size = sum(working.blob(name).data.size for name in working.outputs)
     passes = -(-LOSSES // size)
-    sums = sum(_one_pass(graph, rng) for _ in range(passes)) / passes
-    pairs = [(number, block, scaled) for number, scaled in enumerate(owners(graph.affine))
-             for block in scaled.blocks]
-    parts = [affine_view(scaled.layer, scaled.layer.weights, scaled.in_channels)[
-        block.groups, :, block.inputs] for _, block, scaled in pairs]
-    return ChangeRates(np.array([number for number, _, _ in pairs]),
-                       np.array([part.size for part in parts]),
-                       np.array([_moments(part)[0] for part in parts]),
-                       sums[None, :, 0] / images, sums[None, :, 1] / images ** 2)
+    second, fourth = sum(_one_pass(graph, rng) for _ in range(passes)) / passes
+    pairs = [(number, affine_view(scaled.layer, scaled.layer.weights, scaled.in_channels)[
+        block.groups, :, block.inputs]) for number, scaled in enumerate(owners(graph.affine))
+        for block in scaled.blocks]
+    return ChangeRates(np.array([number for number, _ in pairs]),
+                       np.array([part.size for _, part in pairs]),
+                       np.array([sum_of_squares(part) for _, part in pairs]),
+                       second[None], fourth[None])
 
 
 def _one_pass(graph: ScaleGraph, rng: np.random.Generator) -> np.ndarray:
-    """Sums of squared and fourth power gradients (pairs, 2) of one backward pass."""
+    """Second and fourth moments (2, pairs) of the weight gradients of one backward pass."""
     working = graph.working
     for name in working.outputs:
         diff = working.blob(name).diff
         diff[...] = rng.standard_normal(diff.shape, dtype=np.float32)
-    working.net.clear_param_diffs()
+    for scaled in graph.affine:
+        if not gradients.per_image(scaled.layer.parameters):
+            scaled.layer.blobs[0].diff[...] = 0  # Caffe adds to what is there
     working.net._backward(len(working.layers) - 1, 0)
-    return np.array([_moments(affine_view(scaled.layer, scaled.layer.blobs[0].diff,
-                                          scaled.in_channels)[block.groups, :, block.inputs])
-                     for scaled in owners(graph.affine) for block in scaled.blocks])
-
-
-def _moments(array: np.ndarray) -> Tuple[float, float]:
-    """Sums of squares and fourth powers in float64, whatever the numbers' magnitude."""
-    flat = array.reshape(-1)
-    peak = float(max(flat.max(), -flat.min()))
-    if peak == 0 or not np.isfinite(peak):
-        return peak, peak
-    square = fourth = 0.0
-    for start in range(0, flat.size, CHUNK):
-        part = flat[start:start + CHUNK] * np.float32(1 / peak)
-        part *= part
-        square += float(part.sum(dtype=np.float64))
-        fourth += float(np.dot(part, part))
-    return square * peak ** 2, fourth * peak ** 4
+    found = [gradients.moments(scaled, working) for scaled in owners(graph.affine)]
+    return np.array([np.concatenate([one.second for one in found]),
+                     np.concatenate([one.fourth for one in found])])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -209,6 +196,60 @@ def solve(graph: ScaleGraph, rates: ChangeRates, may_divide: Set[str]) -> Soluti
         auxiliary.append(best[1])
         log_scales = best[2]
     return Solution(problem.refined(log_scales, auxiliary), auxiliary)
+
+
+class ResponseGain:
+    """How the LRN layers of a net damp blobs that get scales, from what the net's blobs hold.
+
+    An LRN layer divides by (k + alpha m)^beta, m the mean of x^2 over its neighbouring channels,
+    so blobs times s come out times s ((k + alpha m) / (k + alpha s^2 m))^beta.
+    """
+
+    def __init__(self, working: WorkingNet) -> None:
+        self._bottoms: Dict[str, str] = {}
+        self._gains: Dict[str, Callable[[float], float]] = {}
+        for layer in working.layers:
+            if layer.type == "LRN":
+                blob = working.blob(layer.bottoms[0]).data
+                energy = np.square(blob).mean(axis=1, dtype=np.float64)
+                self._bottoms[layer.name] = layer.bottoms[0]
+                self._gains[layer.name] = _log_gain(layer.parameters.lrn_param, energy)
+
+    def degrees(self, graph: Optional[ScaleGraph] = None,
+                log_scales: Optional[np.ndarray] = None) -> Dict[str, float]:
+        """Return d of each layer: where its bottom's scale is s, its top's is about s^d."""
+        if graph is None or log_scales is None:
+            return {name: gain(0.1) / 0.1 for name, gain in self._gains.items()}
+        logs = {name: value(graph.blobs[bottom][0][1], log_scales)
+                for name, bottom in self._bottoms.items()}
+        logs = {name: one if abs(one) > 0.1 else 0.1 for name, one in logs.items()}
+        return {name: self._gains[name](one) / one for name, one in logs.items()}
+
+
+def _log_gain(parameters: Any, energy: np.ndarray) -> Callable[[float], float]:
+    def log_gain(log_scale: float) -> float:
+        grown = parameters.k + parameters.alpha * energy * np.exp(2 * log_scale)
+        damping = np.log(grown / (parameters.k + parameters.alpha * energy))
+        return log_scale - parameters.beta * float(damping.mean())
+    return log_gain
+
+
+def solve_from_scratch(working: WorkingNet, rates: ChangeRates) -> Tuple[ScaleGraph, np.ndarray]:
+    """Return the log scales that make the rates most equal in a net whose LRN layers stay.
+
+    Their degree depends on the scales: it is found in turns with these, for the graph returned.
+    """
+    gain = ResponseGain(working)
+    degrees = gain.degrees()
+    graph = ScaleGraph(working, degrees)
+    log_scales = solve(graph, rates, set()).log_scales
+    while degrees:
+        before, degrees = degrees, gain.degrees(graph, log_scales)
+        graph = ScaleGraph(working, degrees)
+        log_scales = solve(graph, rates, set()).log_scales
+        if max(abs(degrees[name] - before[name]) for name in degrees) < 1e-3:
+            break
+    return graph, log_scales
 
 
 class _Problem:

@@ -9,7 +9,7 @@ change rates after rescaling are known from one backward pass, and `solve` is li
 
     python -c "import scales; print('\\n'.join(sorted(scales.TABLE)))"
 """
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -52,12 +52,14 @@ def plus(first: Form, second: Form, factor: float = 1.0) -> Form:
 class ScaleGraph:
     """The free log scales of a net and the equations between them.
 
+    With `degrees`, LRN layers stay as they are and have that degree (name: d, f(s x) = s^d f(x)).
     `affine` lists the layers with weights, `adjusted` what else changes with scales, by layer:
     LRN (alpha / s^2), BatchNorm (mean * s, variance and eps * s^2), Bias (b * s).
     """
 
-    def __init__(self, working: WorkingNet) -> None:
+    def __init__(self, working: WorkingNet, degrees: Optional[Dict[str, float]] = None) -> None:
         self.working = working
+        self.degrees = degrees or {}
         self.variables = 0
         self.equations: List[Form] = []
         self.affine: List[AffineScales] = []
@@ -244,6 +246,9 @@ def powered(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> List[Bloc
 
 def local_response(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> List[Blocks]:
     """LRN x (k + alpha / n sum x^2)^-beta: through, exactly, when alpha becomes alpha / s^2."""
+    if layer.name in graph.degrees:
+        form = graph.unify(bottoms[0])
+        return whole(graph, layer, plus({}, form, graph.degrees[layer.name]))
     graph.adjusted[layer.name] = graph.unify(bottoms[0])
     return through_uniform(graph, layer, bottoms)
 

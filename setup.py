@@ -34,8 +34,8 @@ setup(
     description="Data-dependent initialization of Caffe networks",
     license="BSD-2-Clause",
     python_requires=">=3.8",
-    py_modules=["magic_init", "weights", "definitions", "caffe_net", "scales", "guarded", "rescale",
-                "results", "rate_figure", "image_database"],
+    py_modules=["magic_init", "weights", "rescale", "gradients", "scales", "caffe_net",
+                "definitions", "guarded", "results", "rate_figure", "image_database"],
     install_requires=[
         "numpy>=1.19,<2",
         "scipy>=1.5,<1.14",

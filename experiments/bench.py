@@ -1,0 +1,150 @@
+"""Speed, memory and quality of the command, as ratios to plain Caffe passes of the same run.
+
+    python experiments/bench.py --data 'photos/init/*' --measure 'photos/measure/*' --out bench.json
+
+F is the time of one Caffe forward of as many images as the command takes (160 in batches of 16),
+measured in the same run.  Change rates (paper, equation 2) are measured on other photographs.
+"""
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import time
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+
+import caffe_net
+import definitions
+import gradients
+import guarded
+import rescale
+import results
+from caffe_net import WorkingNet
+from scales import ScaleGraph
+
+log = logging.getLogger("bench")
+MODELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models")
+MEAN = (104.0, 117.0, 123.0)
+
+
+class Case(NamedTuple):
+    """A run of the command: its name, the net, and its flags."""
+    name: str
+    net: str
+    flags: Sequence[str]
+
+
+CASES = [
+    Case("caffenet gaussian", "caffenet", ["-t", "gaussian", "-cs"]),
+    Case("caffenet kmeans", "caffenet", ["-t", "kmeans", "-cs"]),
+    Case("caffenet rescale", "caffenet", ["-cs", "-l", "caffenet gaussian"]),
+    Case("googlenet kmeans", "googlenet", ["-t", "kmeans", "-cs"]),
+    Case("vgg16 kmeans", "vgg16", ["-t", "kmeans", "-cs"]),
+]
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the cases that the command line asks for; return the exit status."""
+    parser = guarded.Parser(prog="bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, metavar="GLOB", help="images to initialise from")
+    parser.add_argument("--measure", required=True, metavar="GLOB",
+                        help="other images, to measure change rates on")
+    parser.add_argument("--out", required=True, metavar="FILE", help="JSON file to write")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", choices=[one.name for one in CASES],
+                        default=[one.name for one in CASES[:4]],
+                        help="what to run: %(choices)s (default: the first four)")
+    arguments = parser.parse_args(argv)
+    guarded.log_to_stderr()
+    return guarded.command_line(run, arguments, parser.prog)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Time the cases, each beside a forward of its net, and write and print the table."""
+    guarded.check_writable(arguments.out)
+    rows: List[Dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="bench.") as folder:
+        for case in CASES:
+            if case.name in arguments.cases:
+                rows.append(time_case(case, arguments.data, arguments.measure, folder))
+                log.info("%s", rows[-1])
+    results.write_json(arguments.out, rows)
+    print("%-20s %8s %8s %9s %8s %8s" % ("case", "F (s)", "time/F", "peak (MB)", "rates", "unseen"))
+    for row in rows:
+        print("%-20s %8.2f %8.2f %9.0f %8.3f %8.3f" % (
+            row["case"], row["forward_seconds"], row["ratio"], row["peak_mb"], row["spread"],
+            row["spread_unseen"]))
+
+
+def time_case(case: Case, data: str, measure: str, folder: str) -> Dict[str, Any]:
+    """Return seconds, the ratio to F, peak memory and the spread of change rates of one run.
+
+    F is measured before and after the run, and the lower one counts.
+    """
+    net = os.path.join(MODELS, case.net, "deploy.prototxt")
+    output = os.path.join(folder, case.name + ".caffemodel")
+    report = os.path.join(folder, "report.json")
+    flags = [os.path.join(folder, flag + ".caffemodel") if flag in {one.name for one in CASES}
+             else flag for flag in case.flags]
+    before = guarded.in_child(forward_seconds, net, data)
+    command = [sys.executable, os.path.join(os.path.dirname(MODELS), "magic_init.py"), net, output,
+               "-d", data, "--report", report, "--quiet", "--seed", "1"] + flags
+    started = time.perf_counter()
+    peak = _run(command)
+    seconds = time.perf_counter() - started
+    forward = min(before, guarded.in_child(forward_seconds, net, data))
+    written = os.path.splitext(output)[0] + ".prototxt"
+    unseen = guarded.in_child(unseen_spread, written if os.path.exists(written) else net, output,
+                              measure)
+    found = results.read_json(report)
+    return {"case": case.name, "forward_seconds": forward, "seconds": seconds,
+            "ratio": seconds / forward, "peak_mb": peak / 1e3, "spread": found["spread_after"],
+            "spread_unseen": unseen, "phases": found["seconds"]}
+
+
+def _run(command: Sequence[str]) -> int:
+    """Run a command and return the largest memory (kB) of any of its processes."""
+    process = os.spawnv(os.P_NOWAIT, command[0], list(command))
+    _, status, usage = os.wait4(process, 0)
+    if status:
+        raise ValueError("%s failed" % " ".join(command))
+    return usage.ru_maxrss
+
+
+def forward_seconds(net: str, data: str) -> float:
+    """Seconds of one forward of 160 images in batches of 16, once warm; in a child process."""
+    working, image = definitions.working_definition(definitions.read_definition(net), 16)
+    measured = WorkingNet(working, image)
+    rng = np.random.default_rng(0)
+    for layer in measured.affine:
+        layer.weights[...] = rng.standard_normal(layer.weights.shape, np.float32) \
+            / np.sqrt(layer.weights[0].size)
+    feed = caffe_net.ImageFeed(caffe_net.find_images(data)[:16], measured.image.shape, MEAN, 1.0)
+    feed.load(0, measured.blob(measured.image.blob).data)
+    measured.forward()
+    started = time.perf_counter()
+    for _ in range(10):
+        measured.forward()
+    return time.perf_counter() - started
+
+
+def unseen_spread(net: str, weights: str, data: str) -> float:
+    """Largest over smallest change rate of the layers on other images; in a child process."""
+    working, image = definitions.working_definition(definitions.read_definition(net), 10)
+    definitions.spare_weight_gradients(working, gradients.per_image)
+    measured = WorkingNet(working, image)
+    measured.net.copy_from(weights)
+    feed = caffe_net.ImageFeed(caffe_net.find_images(data), measured.image.shape, MEAN, 1.0)
+    graph, rng = ScaleGraph(measured), np.random.default_rng(0)
+    rates: Optional[rescale.ChangeRates] = None
+    for batch in range(feed.batches):
+        feed.load(batch, measured.blob(measured.image.blob).data)
+        measured.forward()
+        draw = rescale.measure(graph, rng)
+        rates = draw if rates is None else rates.joined(draw)
+    return rescale.spread(rates.by_layer())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
