@@ -54,7 +54,8 @@ class ScaleGraph:
 
     With `degrees`, LRN layers stay as they are and have that degree (name: d, f(s x) = s^d f(x)).
     `affine` lists the layers with weights, `adjusted` what else changes with scales, by layer:
-    LRN (alpha / s^2), BatchNorm (mean * s, variance and eps * s^2), Bias (b * s).
+    LRN (alpha / s^2), BatchNorm (mean * s, variance and eps * s^2), Bias and Scale with two
+    bottoms (b * s).
     """
 
     def __init__(self, working: WorkingNet, degrees: Optional[Dict[str, float]] = None) -> None:
@@ -190,6 +191,7 @@ def affine(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> List[Block
     if layer.type in ("Convolution", "Deconvolution"):
         groups = layer.parameters.convolution_param.group
         if layer.parameters.convolution_param.axis != 1:
+            in_channels = graph.shape(layer.bottoms[0])[layer.parameters.convolution_param.axis]
             blocks = [(in_channels, graph.unify(blocks))]
     elif layer.parameters.inner_product_param.axis != 1:
         in_channels = layer.weights.size // layer.parameters.inner_product_param.num_output
@@ -212,13 +214,26 @@ def embedded(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> List[Blo
 def scaled_channels(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> List[Blocks]:
     """Scale: with one bottom a weight per channel, with two their product."""
     if len(bottoms) == 2:
-        return _product(graph, layer, bottoms)
+        tops = _product(graph, layer, bottoms)
+        if len(layer.blobs):  # a bias
+            graph.adjusted[layer.name] = tops[0][0][1]
+        return tops
     count = layer.weights.size
     blocks = bottoms[0]
     if layer.parameters.scale_param.axis != 1 or sum(size for size, _ in blocks) != count:
         blocks = [(count, graph.unify(blocks))]
     return _affine(graph, layer, [WeightBlock(slice(start, stop), slice(None), form)
                                   for start, stop, form in _runs(blocks, [])], count)
+
+
+def largest(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> List[Blocks]:
+    """ArgMax: positions, which absorb, or values, or without an axis one channel of each."""
+    parameters = layer.parameters.argmax_param
+    if not parameters.out_max_val:
+        return absorbed(graph, layer, bottoms)
+    if parameters.HasField("axis"):
+        return through_uniform(graph, layer, bottoms)
+    return [[(1, {}), (1, graph.unify(bottoms[0]))]]
 
 
 def added_bias(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> List[Blocks]:
@@ -353,7 +368,7 @@ TABLE: Dict[str, Rule] = {
     "MVN": mean_variance, "Eltwise": combined, "Concat": concatenated, "Slice": sliced,
     "Flatten": reshaped, "Reshape": reshaped, "Im2col": reshaped, "Permute": permuted,
     "Tile": along_axis, "Reverse": along_axis, "Crop": cropped, "Reduction": reduced,
-    "Filter": selected, "BatchReindex": selected, "ArgMax": absorbed,
+    "Filter": selected, "BatchReindex": selected, "ArgMax": largest,
     "Split": through,
     "BNLL": fixed, "Exp": fixed, "Log": fixed, "Sigmoid": fixed, "Softmax": fixed, "Swish": fixed,
     "TanH": fixed, "Threshold": fixed, "LSTM": fixed, "LSTMUnit": fixed, "RNN": fixed,
