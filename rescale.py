@@ -352,7 +352,7 @@ def apply_to_weights(graph: ScaleGraph, log_scales: np.ndarray) -> None:
             if layer.type == "BatchNorm":
                 layer.blobs[0].data[...] *= np.float32(scale)
                 layer.blobs[1].data[...] *= np.float32(scale ** 2)
-            elif layer.type == "Bias":
+            elif layer.type in ("Bias", "Scale"):
                 layer.blobs[0].data[...] *= np.float32(scale)
 
 
