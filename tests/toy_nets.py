@@ -32,15 +32,20 @@ def working_net(text: str, batch_size: int = 2) -> WorkingNet:
     """The net to measure on, with random weights where layers have any."""
     working = WorkingNet(*definitions.working_definition(
         definitions.upgrade(parsed(text)), batch_size))
+    fill(working)
+    return working
+
+
+def fill(working: WorkingNet) -> None:
+    """Give all parameters of a net random numbers; variances positive ones."""
     rng = np.random.default_rng(99)
     for one in working.layers:
         for blob in one.blobs:
             blob.data[...] = 0.3 * rng.standard_normal(blob.data.shape)
         if one.type == "BatchNorm":
-            mean, variance, correction = one.blobs
+            _, variance, correction = one.blobs
             variance.data[...] = rng.uniform(0.5, 2, variance.data.shape)
             correction.data[...] = 1
-    return working
 
 
 def random_graph(seed: int) -> str:
