@@ -46,6 +46,7 @@ class VocImages:
     difficult objects show the class."""
 
     def __init__(self, root: str, split: str) -> None:
+        self._root = root
         self._voc = open_voc(root)
         self._ids = self._voc.images(split)
         self.classes = self._voc.classes
@@ -53,7 +54,7 @@ class VocImages:
         self.labels = np.select([flags == 1, flags == -1], [1.0, 0.0], IGNORED).astype(np.float32)
 
     def name(self, index: int) -> str:
-        return self._ids[index]
+        return "image %s of %s" % (self._ids[index], self._root)
 
     def read(self, index: int) -> np.ndarray:
         return decoded(self._voc.read_bytes(self._ids[index]), self.name(index))
@@ -130,7 +131,7 @@ def decoded(encoded: bytes, name: str) -> np.ndarray:
     if encoded:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
     if image is None:
-        raise ValueError("%s: not an image that OpenCV can read" % name)
+        raise ValueError("%s is not one that OpenCV can read" % name)
     return image
 
 

@@ -132,7 +132,7 @@ class Prefetcher:
             if len(self._broken) > self._broken_limit:
                 raise ValueError("more than %d broken images, the last is %s"
                                  % (self._broken_limit, line))
-            logging.warning("%s: skipped", line)
+            logging.warning("%s; skipped", line)
 
 
 def _work(pipe: Any, shared: Any, slot_bytes: int, make: Callable[..., Callable[[int], Batch]],
