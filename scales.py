@@ -120,19 +120,23 @@ class ScaleGraph:
 
     def _tie_shared_weights(self) -> None:
         first: Dict[int, AffineScales] = {}
-        biases: Dict[int, AffineScales] = {}
+        biases: Dict[int, Form] = {}  # and statistics
         for scaled in self.affine:
             owner = first.setdefault(address(scaled.layer.blobs[0]), scaled)
             if owner is not scaled:
-                if len(owner.blocks) != len(scaled.blocks):
+                if [block[:2] for block in owner.blocks] != [block[:2] for block in scaled.blocks]:
                     for one in (owner, scaled):
                         self.unify([(1, block.scale_in) for block in one.blocks])
                 for mine, theirs in zip(scaled.blocks, owner.blocks):
                     self.equal(plus(scaled.weight_scale, mine.scale_in, -1.0),
                                plus(owner.weight_scale, theirs.scale_in, -1.0))
             if scaled.layer.has_bias:
-                holder = biases.setdefault(address(scaled.layer.blobs[1]), scaled)
-                self.equal(holder.weight_scale, scaled.weight_scale)
+                self.equal(biases.setdefault(address(scaled.layer.blobs[1]), scaled.weight_scale),
+                           scaled.weight_scale)
+        for layer in self.working.layers:
+            if layer.name in self.adjusted and len(layer.blobs):
+                form = self.adjusted[layer.name]
+                self.equal(biases.setdefault(address(layer.blobs[0]), form), form)
 
 
 # ---------------------------------------------------------------------------------------------
