@@ -347,13 +347,14 @@ def apply_to_weights(graph: ScaleGraph, log_scales: np.ndarray) -> None:
             layer.blobs[1].data[...] *= np.float32(np.exp(value(scaled.weight_scale, log_scales)))
         done.update(address(blob) for blob in layer.blobs)
     for layer in graph.working.layers:
-        if layer.name in graph.adjusted:
+        if layer.name in graph.adjusted and done.isdisjoint(address(one) for one in layer.blobs):
             scale = np.exp(value(graph.adjusted[layer.name], log_scales))
             if layer.type == "BatchNorm":
                 layer.blobs[0].data[...] *= np.float32(scale)
                 layer.blobs[1].data[...] *= np.float32(scale ** 2)
             elif layer.type in ("Bias", "Scale"):
                 layer.blobs[0].data[...] *= np.float32(scale)
+            done.update(address(blob) for blob in layer.blobs)
 
 
 def apply_to_definition(definition: Any, graph: ScaleGraph, solution: Solution) -> List[str]:
