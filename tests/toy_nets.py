@@ -99,8 +99,9 @@ def _random_layer(name: str, kind: str, blobs: Dict[str, int], fresh: List[str],
                      "slice_param { slice_point: %d }" % cut), [first, second]
     elif kind == "pool":
         blobs[name] = blobs[bottom]
-        text = layer(name, "Pooling", bottom, name,
-                     "pooling_param { kernel_size: 3 stride: 1 pad: 1 }")
+        text = layer(name, *[("Pooling", bottom, name, "pooling_param { kernel_size: 3 pad: 1 }"),
+                             ("LRN", bottom, name, "lrn_param { local_size: 3 alpha: 2 }"),
+                             ("AbsVal", bottom)][int(rng.integers(3))])
         bottoms = [bottom]
     else:
         groups = 2 if blobs[bottom] % 2 == 0 and rng.random() < 0.5 else 1
