@@ -231,7 +231,7 @@ def test_a_worker_that_is_killed_is_an_error_and_no_wait(voc_folder):
     feed = Prefetcher(make_batches, voc_batches(voc_folder), 1, 100000)
     feed.start(0)
     feed.next()
-    os.kill(feed._processes[0].pid, signal.SIGKILL)
+    os.kill(feed.process_ids()[0], signal.SIGKILL)
     with pytest.raises(ValueError, match=r"worker .* ended \(exit status -9\)"):
         for _ in range(3):
             feed.next()

@@ -1,0 +1,148 @@
+"""What reading images costs: a training iteration on photographs against one on nothing.
+
+The same net is stepped on random crops (ImageSource) and on a constant blob (DummyData) in turns,
+and the median times are compared; then memory is watched over 300 iterations of a small net.
+
+    python experiments/bench_training.py --voc VOCdevkit/VOC2007 --out build/bench_training.json
+"""
+import argparse
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any, Dict, List, Optional, Sequence
+
+from google.protobuf import text_format
+
+import argument_types
+import classify_voc
+import definitions
+import guarded
+import results
+import training_net
+from argument_types import count
+from caffe_net import choose_device, use_device
+from definitions import caffe_messages, import_caffe
+from image_batches import Crops, VocImages
+
+MODELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "models")
+ROUNDS = 3
+WARM_UP = 3  # iterations: the first batches are waited for, blobs are made
+MEMORY_ITERATIONS = 300
+
+
+def measure(arguments: argparse.Namespace, gpu: Optional[int]) -> Dict[str, Any]:
+    """Return the median seconds of both kinds of iteration and memory in MB.  Runs in a child."""
+    guarded.log_to_stderr()
+    use_device(gpu)
+    seconds: Dict[str, List[float]] = {"images": [], "nothing": []}
+    solvers = {kind: _solver(arguments, arguments.net, arguments.batch_size, kind)
+               for kind in seconds}
+    for turn in range(ROUNDS):
+        for kind, solver in solvers.items():
+            taken = _iterations(solver, arguments.iterations, turn)
+            seconds[kind] += taken
+            logging.info("round %d of %d, %s: %.3f s an iteration", turn + 1, ROUNDS, kind,
+                         statistics.median(taken))
+    medians = {kind: statistics.median(taken) for kind, taken in seconds.items()}
+    before, after = _memory(arguments)
+    return {"seconds": medians, "ratio": medians["images"] / medians["nothing"],
+            "memory_iterations": MEMORY_ITERATIONS, "memory_mb": [before, after]}
+
+
+def _solver(arguments: argparse.Namespace, model: str, batch_size: int, kind: str) -> Any:
+    dataset = {"root": os.path.abspath(arguments.voc), "split": "trainval"}
+    classes = VocImages(**dataset).labels.shape[1]
+    net = training_net.classifier(definitions.read_definition(model), batch_size, classes)
+    height, width = net.image.shape[2:]
+    if kind == "images":
+        source = training_net.image_source_layer(
+            "data", (net.image.blob, "label"), classify_voc.DATASET, dataset,
+            Crops(height, width), batch_size, 0, arguments.workers)
+    else:
+        source = caffe_messages().LayerParameter(name="data", type="DummyData",
+                                                 top=[net.image.blob, "label"])
+        source.dummy_data_param.shape.add(dim=net.image.shape)
+        source.dummy_data_param.shape.add(dim=[batch_size, classes])
+    parameters = classify_voc.solver_parameters(arguments)
+    parameters.net_param.CopyFrom(training_net.training_net(net, source))
+    with tempfile.TemporaryDirectory() as folder:
+        parameters.snapshot_prefix = os.path.join(folder, "unused")
+        path = os.path.join(folder, "solver.prototxt")
+        with open(path, "w") as file:
+            file.write(text_format.MessageToString(parameters))
+        return import_caffe().get_solver(path)
+
+
+def _iterations(solver: Any, iterations: int, turn: int) -> List[float]:
+    """Seconds of each of `iterations` steps, with the workers of this net alone at work."""
+    sources = [layer for layer in solver.net.layers if hasattr(layer, "begin")]
+    for layer in sources:
+        layer.begin(turn * (WARM_UP + iterations))
+    solver.step(WARM_UP)
+    taken = []
+    for _ in range(iterations):
+        started = time.perf_counter()
+        solver.step(1)
+        taken.append(time.perf_counter() - started)
+    for layer in sources:
+        layer.close()
+    return taken
+
+
+def _memory(arguments: argparse.Namespace) -> List[float]:
+    """Resident memory in MB of a small net's training after 50 and 300 more iterations."""
+    solver = _solver(arguments, os.path.join(MODELS, "caffenet_tiny", "deploy.prototxt"), 4,
+                     "images")
+    (source,) = [layer for layer in solver.net.layers if hasattr(layer, "begin")]
+    source.begin(0)
+    measured = []
+    for iterations in (50, MEMORY_ITERATIONS):
+        solver.step(iterations)
+        processes = [os.getpid(), *source.batches.process_ids()]
+        measured.append(sum(_resident(process) for process in processes))
+    source.close()
+    return measured
+
+
+def _resident(process: int) -> float:
+    with open("/proc/%d/statm" % process) as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print and write; return the exit status."""
+    if arguments.out is not None:
+        guarded.check_writable(arguments.out)
+    gpu = choose_device(arguments.cpu, arguments.gpu)
+    found = guarded.in_child(measure, arguments, gpu)
+    print("an iteration on images takes %.3f s, on nothing %.3f s: %+.1f%%" % (
+        found["seconds"]["images"], found["seconds"]["nothing"], 100 * (found["ratio"] - 1)))
+    print("memory: %.0f MB after 50 iterations, %.0f MB after %d more" % (
+        *found["memory_mb"], found["memory_iterations"]))
+    if arguments.out is not None:
+        results.write_json(arguments.out, {**found, **results.provenance(0)})
+    return 0
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Measure as the command line says; return the exit status."""
+    parser = guarded.Parser(prog="bench_training.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--voc", required=True, metavar="DIR", help="folder in VOC's layout or its LMDB")
+    add("--net", default=os.path.join(MODELS, "caffenet", "deploy.prototxt"), metavar="NET",
+        help="definition (default: models/caffenet)")
+    add("--batch-size", type=count, default=10, metavar="N", help="images (default %(default)d)")
+    add("--iterations", type=count, default=10, metavar="N",
+        help="iterations in each of %d rounds (default %%(default)d)" % ROUNDS)
+    add("--out", metavar="FILE", help="JSON file to write")
+    argument_types.add_workers(parser)
+    argument_types.add_device(parser)
+    parser.set_defaults(lr=0.001, solver="SGD")
+    return guarded.command_line(run, parser.parse_args(argv), "bench_training.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
