@@ -5,7 +5,7 @@ A record is either pixels, uint8 (channels, height, width) in BGR, or an encoded
     python -c "import image_database as d; print(len(d.ImageDatabase('build/train.lmdb')))"
 """
 import os
-from typing import Any, Iterator, Optional, Tuple
+from typing import Any, Iterable, Iterator, List, Tuple
 
 import cv2
 import lmdb
@@ -48,6 +48,21 @@ def read_record(record: bytes, name: str) -> Tuple[np.ndarray, int]:
     return np.frombuffer(datum.data, np.uint8).reshape(shape), datum.label
 
 
+def write_database(path: str, images: Iterable[Tuple[np.ndarray, int]]) -> None:
+    """Write images uint8 (channels, height, width) in BGR, and their labels, as a new database.
+
+    For what fits into one transaction; data/make_lmdb.py is for lists of files.
+    Raises ValueError naming the folder where it cannot be written.
+    """
+    try:
+        with lmdb.open(path, map_size=MAP_BYTES) as environment, \
+                environment.begin(write=True) as transaction:
+            for number, (pixels, label) in enumerate(images):
+                transaction.put(b"%08d" % number, pixel_record(pixels, label))
+    except lmdb.Error as error:
+        raise ValueError("%s: cannot write the database (%s)" % (path, error)) from error
+
+
 class ImageDatabase:
     """A database open for reading; `len` is its number of records.
 
@@ -87,11 +102,22 @@ class ImageDatabase:
         for key, record in self.records():
             yield read_record(record, "%s: record %s" % (self.path, key))
 
-    def last_key(self) -> Optional[str]:
-        """Return the greatest key."""
+    def keys(self) -> List[bytes]:
+        """Return all keys, in order; this does not read the records."""
         with self._environment.begin() as transaction:
-            cursor = transaction.cursor()
-            return cursor.key().decode("utf-8", "replace") if cursor.last() else None
+            return list(transaction.cursor().iternext(keys=True, values=False))
+
+    def image(self, key: bytes) -> Tuple[np.ndarray, int]:
+        """Return pixels (channels, height, width) and label of one record.
+
+        Raises ValueError naming the record where there is none or it is no image.
+        """
+        name = "%s: record %s" % (self.path, key.decode("utf-8", "replace"))
+        with self._environment.begin() as transaction:
+            record = transaction.get(key)
+        if record is None:
+            raise ValueError("%s is not there" % name)
+        return read_record(record, name)
 
 
 def _decoded(file: bytes, name: str) -> np.ndarray:

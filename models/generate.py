@@ -80,6 +80,9 @@ def definitions() -> Dict[str, str]:
             "CaffeNet_tiny", ABOUT_TINY, deploy(caffenet(CAFFENET_TINY), side=99)),
         "caffenet_cifar/deploy.prototxt": definition(
             "CaffeNet_CIFAR", ABOUT_CIFAR, deploy(caffenet(CAFFENET_CIFAR), side=32)),
+        "caffenet_cifar_nolrn/deploy.prototxt": definition(
+            "CaffeNet_CIFAR_noLRN", ABOUT_CIFAR_NOLRN,
+            deploy(caffenet(CAFFENET_CIFAR, lrn=False), side=32)),
         "googlenet/deploy.prototxt": definition(
             "GoogleNet", ABOUT_GOOGLENET, deploy(googlenet(), side=224)),
         "googlenet/train_val.prototxt": definition(
@@ -88,6 +91,11 @@ def definitions() -> Dict[str, str]:
             "GoogleNet_single", ABOUT_SINGLE, deploy(googlenet(towers=False), side=224)),
         "googlenet_single/train_val.prototxt": definition(
             "GoogleNet_single", ABOUT_SINGLE + ABOUT_DATA, googlenet_train_val(towers=False)),
+        "googlenet_cifar/deploy.prototxt": definition(
+            "GoogleNet_CIFAR", ABOUT_GOOGLENET_CIFAR, deploy(googlenet_cifar(), side=32)),
+        "googlenet_cifar_single/deploy.prototxt": definition(
+            "GoogleNet_CIFAR_single", ABOUT_GOOGLENET_CIFAR_SINGLE,
+            deploy(googlenet_cifar(towers=False), side=32)),
         "vgg16/deploy.prototxt": definition(
             "VGG_ILSVRC_16_layers", ABOUT_VGG16, deploy(vgg16(), side=224)),
         "residual_bn/deploy.prototxt": definition(
@@ -150,7 +158,7 @@ ABOUT_TINY = """\
 CaffeNet's layers at a fraction of its width, for trying things: a forward and backward pass of
 16 images takes a fraction of a second on one CPU core.  Fillers are CaffeNet's with the standard
 deviation times the root of CaffeNet's fan-in over this one's, so that activations spread alike.
-69,220 parameters.
+57,204 parameters.
 """
 CAFFENET_TINY = [
     # name, outputs, kernel, stride, pad, group, std, bias
@@ -166,6 +174,11 @@ CAFFENET_TINY = [
 
 ABOUT_CIFAR = """\
 A small net in CaffeNet's image for 32x32 colour images of 10 classes (CIFAR-10, Krizhevsky 2009).
+251,018 parameters.
+"""
+ABOUT_CIFAR_NOLRN = """\
+caffenet_cifar without its two local response normalisations (paper, section 4.5).
+251,018 parameters.
 """
 CAFFENET_CIFAR = [
     # name, outputs, kernel, stride, pad, group, std, bias
@@ -265,7 +278,8 @@ def googlenet(towers: bool = True, losses: bool = False) -> Layers:
         layers += inception("inception_" + module, bottom, outputs)
         bottom = "inception_%s/output" % module
         if towers and module in TOWERS:
-            layers += tower(TOWERS[module], bottom)
+            pool = TOWERS[module] + "/ave_pool"
+            layers += [pooling(pool, bottom, "AVE", 5, 3), *tower(TOWERS[module], pool)]
             if losses:
                 layers += googlenet_losses(TOWERS[module], "loss", weight=0.3)
         if module in POOLED:
@@ -307,15 +321,15 @@ def inception(part: str, bottom: str, outputs: Sequence[int]) -> Layers:
     ]
 
 
-def tower(part: str, bottom: str) -> Layers:
-    """Return an auxiliary classifier."""
+def tower(part: str, bottom: str, num_conv: int = 128, num_fc: int = 1024,
+          classes: int = 1000) -> Layers:
+    """Return an auxiliary classifier behind its pooling."""
     return [
-        pooling(part + "/ave_pool", bottom, "AVE", 5, 3),
-        *rectified(part, "conv", part + "/ave_pool", 128, 1),
-        inner_product(part + "/fc", part + "/conv", 1024, weights=XAVIER, bias=0.2),
+        *rectified(part, "conv", bottom, num_conv, 1),
+        inner_product(part + "/fc", part + "/conv", num_fc, weights=XAVIER, bias=0.2),
         relu(part + "/relu_fc", part + "/fc"),
         dropout(part + "/drop_fc", part + "/fc", 0.7),
-        inner_product(part + "/classifier", part + "/fc", 1000, weights=XAVIER, bias=0),
+        inner_product(part + "/classifier", part + "/fc", classes, weights=XAVIER, bias=0),
     ]
 
 
@@ -334,6 +348,52 @@ def googlenet_train_val(towers: bool) -> Layers:
     """Return the reference's training and validation net, with or without its towers."""
     mean = {"mean_value": [104, 117, 123]}
     return [*imagenet(crop=224, mean=mean, batch=32), *googlenet(towers, losses=True)]
+
+
+ABOUT_GOOGLENET_CIFAR = """\
+A small net in GoogLeNet's image for 32x32 colour images of 10 classes (CIFAR-10, Krizhevsky 2009):
+its first five inception modules at a quarter of their width, with an auxiliary classifier behind
+the third and the fourth.  270,446 parameters.
+"""
+ABOUT_GOOGLENET_CIFAR_SINGLE = """\
+googlenet_cifar without its two auxiliary classifiers (paper, section 4.5).  128,282 parameters.
+"""
+CIFAR_DIVISOR = 4  # of the numbers of channels
+CIFAR_MODULES = ("3a", "3b", "4a", "4b", "4c")
+CIFAR_TOWERS = {"4a": "loss1", "4b": "loss2"}
+
+
+def googlenet_cifar(towers: bool = True) -> Layers:
+    """Return the layers of the small GoogLeNet up to its classifiers.
+
+    Two poolings fewer than GoogLeNet's: maps are 16x16, 8x8 and 4x4 pixels, the last of which
+    the auxiliary classifiers take as they are.
+    """
+    layers = [
+        *rectified("conv1", "5x5", "data", 16, 5, pad=2),
+        pooling("pool1/3x3_s2", "conv1/5x5", "MAX", 3, 2),
+        local_response("pool1/norm1", "pool1/3x3_s2"),
+        *rectified("conv2", "3x3_reduce", "pool1/norm1", 16, 1),
+        *rectified("conv2", "3x3", "conv2/3x3_reduce", 48, 3, pad=1),
+        local_response("conv2/norm2", "conv2/3x3"),
+        pooling("pool2/3x3_s2", "conv2/norm2", "MAX", 3, 2),
+    ]
+    bottom = "pool2/3x3_s2"
+    for module in CIFAR_MODULES:
+        outputs = [count // CIFAR_DIVISOR for count in INCEPTION[module]]
+        layers += inception("inception_" + module, bottom, outputs)
+        bottom = "inception_%s/output" % module
+        if towers and module in CIFAR_TOWERS:
+            layers += tower(CIFAR_TOWERS[module], bottom, num_conv=32, num_fc=128, classes=10)
+        if module in POOLED:
+            layers.append(pooling(POOLED[module], bottom, "MAX", 3, 2))
+            bottom = POOLED[module]
+    return [
+        *layers,
+        pooling("pool5/4x4_s1", bottom, "AVE", 4, 1),
+        dropout("pool5/drop_4x4_s1", "pool5/4x4_s1", 0.4),
+        inner_product("loss3/classifier", "pool5/4x4_s1", 10, weights=XAVIER, bias=0),
+    ]
 
 
 ABOUT_VGG16 = """\

@@ -1,0 +1,171 @@
+"""Features of images, computed by Caffe in batches and kept on the disk (paper, figure 2).
+
+A feature is what a blob holds after a forward pass in the TEST phase, as one row of numbers.  The
+rows of a list of images lie in files of some thousand rows each, so that they may exceed memory
+and that a killed run goes on at the file it was at.
+
+    python experiments/nearest_neighbours.py --help
+"""
+import hashlib
+import json
+import os
+import threading
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+import definitions
+import guarded
+from caffe_net import read_image, use_device
+from image_batches import MEAN
+from prefetch import Batch, Prefetcher
+from run_folder import sha256
+from training import load_weights
+
+PART_ROWS = 4096
+BROKEN_PART = 0.01  # more broken images than this part of a list, and more than ten, are an error
+
+
+class FeatureNet(NamedTuple):
+    """Where features come from: definition, caffemodel, blob, and how the net is run."""
+
+    net: str
+    weights: str
+    layer: str
+    batch_size: int = 32
+    mean: Sequence[float] = MEAN
+    workers: int = 1
+    gpu: Optional[int] = None
+
+
+def cached_features(source: FeatureNet, images: Sequence[str], cache: str) -> List[np.ndarray]:
+    """Return the features of images as memory-mapped parts, float32 (rows, d), in their order.
+
+    What `cache` does not hold yet is computed.  The row of an image that cannot be read is NaN.
+    Raises ValueError naming the layer or file that is wrong, and where too many images are broken.
+    """
+    folder = os.path.join(cache, _key(source, images))
+    os.makedirs(folder, exist_ok=True)
+    paths = [os.path.join(folder, "part_%05d.npy" % number)
+             for number in range(-(-len(images) // _rows(source)))]
+    missing = [number for number, path in enumerate(paths) if not os.path.exists(path)]
+    if missing:
+        guarded.in_child(_compute, source, list(images), paths, missing[0])
+    return [np.load(path, mmap_mode="r") for path in paths]
+
+
+def _rows(source: FeatureNet) -> int:
+    """Rows of a part: whole batches."""
+    return max(1, PART_ROWS // source.batch_size) * source.batch_size
+
+
+def _key(source: FeatureNet, images: Sequence[str]) -> str:
+    """What features depend on, as a name: weights, definition, layer, and the images' files."""
+    files = []
+    for path in images:
+        try:
+            status = os.stat(path)
+        except OSError:  # reported when it is read
+            files.append((os.path.abspath(path), 0, 0))
+        else:
+            files.append((os.path.abspath(path), status.st_size, status.st_mtime_ns))
+    text = json.dumps([sha256(source.weights), sha256(source.net), source.layer,
+                       list(source.mean), _rows(source), files])
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:20]
+
+
+# ---------------------------------------------------------------------------------------------
+# In Caffe's process
+# ---------------------------------------------------------------------------------------------
+
+def feature_definition(path: str, layer: str, batch_size: int) -> Any:
+    """Return the NetParameter in `path` cut behind the blob `layer`, and its image input.
+
+    The blob is taken as the whole net leaves it: behind the ReLU that works in place.
+    Raises ValueError naming the blobs that there are, where `layer` is none.
+    """
+    working, image = definitions.working_definition(
+        definitions.read_definition(path), batch_size)
+    last = [number for number, one in enumerate(working.layer) if layer in one.top]
+    if not last or image is None or layer == image.blob:
+        blobs = dict.fromkeys(top for one in working.layer for top in one.top
+                              if image is None or top != image.blob)
+        raise ValueError("%s: no blob '%s' to take features from, there are %s"
+                         % (path, layer, ", ".join(blobs)))
+    del working.layer[last[-1] + 1:]
+    for one in working.layer:
+        one.ClearField("loss_weight")
+    return working, image
+
+
+def _compute(source: FeatureNet, images: Sequence[str], paths: Sequence[str], first: int) -> None:
+    """Write the parts from number `first` on."""
+    guarded.log_to_stderr()
+    tqdm.set_lock(threading.RLock())
+    use_device(source.gpu)
+    definition, image = feature_definition(source.net, source.layer, source.batch_size)
+    if image.shape[1] != len(source.mean):
+        raise ValueError("%s: takes %d channels, the mean has %d"
+                         % (source.net, image.shape[1], len(source.mean)))
+    net = definitions.build(definition)
+    absent = load_weights(net, source.weights)
+    if absent:
+        raise ValueError("%s: lacks the layer '%s' of %s" % (source.weights, absent[0], source.net))
+    rows, size = _rows(source), source.batch_size
+    batches = Prefetcher(make_batches, (list(images), image.shape, list(source.mean)),
+                         source.workers, 4 * int(np.prod(image.shape)) + 8 * size,
+                         broken_limit=max(10, int(BROKEN_PART * len(images))))
+    batches.start(first * rows // size)
+    try:
+        with tqdm(total=len(images), initial=first * rows, unit=" images", disable=None) as bar:
+            for number in range(first, len(paths)):
+                count = min(rows, len(images) - number * rows)
+                features = _part(net, image.blob, source.layer, batches, count, bar)
+                with guarded.replacing(paths[number]) as temporary, open(temporary, "wb") as file:
+                    np.save(file, features)
+    finally:
+        batches.close()
+
+
+def _part(net: Any, data: str, layer: str, batches: Prefetcher, count: int,
+          bar: Any) -> np.ndarray:
+    """The features of the next `count` images, float32 (count, d)."""
+    features: List[np.ndarray] = []
+    for start in range(0, count, len(net.blobs[data].data)):
+        pixels, read = batches.next()
+        net.blobs[data].data[...] = pixels
+        net.forward()
+        blob = np.array(net.blobs[layer].data).reshape(len(pixels), -1)
+        blob[~read] = np.nan
+        features.append(blob[:count - start])
+        bar.update(len(features[-1]))
+    return np.concatenate(features)
+
+
+def make_batches(images: Sequence[str], shape: Sequence[int],
+                 mean: Sequence[float]) -> Callable[[int], Batch]:
+    """Return the function that reads a batch: pixels minus mean, and which images could be read.
+
+    Called in a worker; batch k holds the images from number k * shape[0] on.
+    """
+    cv2.setNumThreads(1)  # the cores belong to Caffe and the other workers
+    size, channels, height, width = shape
+    offset = np.asarray(mean, np.float32).reshape(-1, 1, 1)
+
+    def batch_of(number: int) -> Batch:
+        pixels = np.zeros(shape, np.float32)
+        read = np.zeros(size, bool)
+        broken = []
+        for place, path in enumerate(images[number * size:(number + 1) * size]):
+            try:
+                np.subtract(read_image(path, height, width, channels == 1), offset,
+                            out=pixels[place])
+                read[place] = True
+            except ValueError as error:
+                broken.append(str(error))
+        return Batch([pixels, read], broken)
+
+    return batch_of
+

@@ -1,0 +1,217 @@
+"""Figures 3 and 4 in small: how fast nets learn from our weights and from their fillers.
+
+    python experiments/small_curves.py --data cifar10_mini.npz --out build/small
+
+trains small nets in CaffeNet's and GoogLeNet's image (models/*_cifar*) on 32x32 images, each from
+its reference fillers and from weights of magic_init.py, whose last layers start at 0 (paper,
+section 4.5).  The solver is the same for all: SGD at 0.01, momentum 0.9, batches of 32, and the
+weight decay of the paper's CaffeNet or GoogLeNet.  The seed of a trial is that of weights, data
+order and dropout.
+
+OUT/figure3_loss.png, figure3_error.png, figure4_*.png; curves.json and curves.csv (means and
+standard errors over trials);
+OUT/runs holds the runs, which go on or are left alone when the command is given again.
+"""
+import argparse
+import concurrent.futures
+import logging
+import os
+import shutil
+import sys
+from typing import Any, List, NamedTuple, Optional, Sequence
+
+import cv2
+import numpy as np
+
+import curves
+import guarded
+import image_database
+import magic_init
+import results
+import train_imagenet
+from argument_types import count
+from definitions import caffe_messages
+from training import train
+
+log = logging.getLogger("small_curves")
+
+MODELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models")
+ARRAYS = {"train": ("train_images", "train_labels"), "val": ("test_images", "test_labels")}
+LEARNING_RATE = 0.01
+BATCH_SIZE = 32
+INIT_IMAGES = 160
+
+
+class Case(NamedTuple):
+    """A curve of a figure: a net of models/, and what it starts from; None are its fillers."""
+
+    figure: str
+    name: str
+    net: str
+    preset: str
+    kind: Optional[str]
+
+
+CASES = [
+    Case("figure3", "reference", "caffenet_cifar", "caffenet", None),
+    Case("figure3", "reference, no LRN", "caffenet_cifar_nolrn", "caffenet-nolrn", None),
+    Case("figure3", "ours, Gaussian", "caffenet_cifar", "caffenet", "gaussian"),
+    Case("figure3", "ours, k-means", "caffenet_cifar", "caffenet", "kmeans"),
+    Case("figure3", "ours, k-means, no LRN", "caffenet_cifar_nolrn", "caffenet-nolrn", "kmeans"),
+    Case("figure4", "reference", "googlenet_cifar", "googlenet", None),
+    Case("figure4", "reference, single classifier", "googlenet_cifar_single", "googlenet-single",
+         None),
+    Case("figure4", "ours, k-means", "googlenet_cifar", "googlenet", "kmeans"),
+    Case("figure4", "ours, k-means, single classifier", "googlenet_cifar_single",
+         "googlenet-single", "kmeans"),
+]
+
+
+class Trial(NamedTuple):
+    """A run: its case and seed, and its folder."""
+
+    case: Case
+    seed: int
+    folder: str
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Train all cases and draw them; return the exit status."""
+    parser = argparse.ArgumentParser(prog="small_curves.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", metavar="FILE.npz", required=True,
+                        help="train_images and test_images, uint8 (n, 32, 32, 3) in RGB; "
+                             "train_labels and test_labels (n), 0..9")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
+    parser.add_argument("--seeds", metavar="N", type=count, default=3,
+                        help="trials of each case (default: %(default)d)")
+    parser.add_argument("--iterations", metavar="N", type=count, default=300,
+                        help="default: %(default)d")
+    parser.add_argument("--validate-every", metavar="N", type=count, default=50,
+                        help="iterations between two points of a curve (default: %(default)d)")
+    parser.add_argument("--jobs", metavar="N", type=count, default=os.cpu_count(),
+                        help="runs at a time (default: one per core)")
+    arguments = parser.parse_args(argv)
+    guarded.log_to_stderr()
+    return guarded.command_line(lambda given: _run(given, argv), arguments, parser.prog)
+
+
+def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
+    os.makedirs(os.path.join(arguments.out, "runs"), exist_ok=True)
+    prepare_data(arguments.data, arguments.out)
+    trials = [Trial(case, seed, os.path.join(arguments.out, "runs", "%s_%s_%d" % (
+        case.net, case.kind or "reference", seed)))
+        for seed in range(arguments.seeds) for case in CASES]
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a core for each of the children
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        for number, _ in enumerate(pool.map(lambda trial: run_trial(trial, arguments), trials), 1):
+            log.info("%d of %d runs", number, len(trials))
+    report(trials, arguments, argv)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------
+
+def prepare_data(path: str, out: str) -> None:
+    """Write OUT/train.lmdb, OUT/val.lmdb and OUT/images, some of the training images as files.
+
+    Raises ValueError naming what the arrays in the file `path` lack.
+    """
+    try:
+        with np.load(path) as file:
+            arrays = {split: [file[name] for name in names] for split, names in ARRAYS.items()}
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError("%s: not the arrays of small images (%s)" % (path, error)) from error
+    for split, (images, labels) in arrays.items():
+        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) \
+                or labels.shape != images.shape[:1] or labels.max() > 9:
+            raise ValueError("%s: %s must be uint8 (n, 32, 32, 3) with n labels up to 9"
+                             % (path, ARRAYS[split][0]))
+        database = os.path.join(out, split + ".lmdb")
+        shutil.rmtree(database, ignore_errors=True)
+        image_database.write_database(database, (
+            (np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1)), int(label))
+            for image, label in zip(images, labels)))
+    folder = os.path.join(out, "images")
+    os.makedirs(folder, exist_ok=True)
+    for number, image in enumerate(arrays["train"][0][:INIT_IMAGES]):
+        cv2.imwrite(os.path.join(folder, "%04d.png" % number), image[:, :, ::-1])
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------
+
+def run_trial(trial: Trial, arguments: argparse.Namespace) -> None:
+    """Initialise and train, or go on with what is there.
+
+    Raises ValueError naming the run where it fails for another reason than that it diverged.
+    """
+    definition = os.path.join(MODELS, trial.case.net, "deploy.prototxt")
+    weights = "none"
+    if trial.case.kind is not None:
+        weights = trial.folder + ".caffemodel"
+        images = os.path.join(arguments.out, "images")
+        if not os.path.exists(weights) and magic_init.main([
+                definition, weights, "-d", images, "-t", trial.case.kind, "--calibrate",
+                "--seed", str(trial.seed), "--cpu", "-q"]):
+            raise ValueError("%s: the initialisation failed" % trial.folder)
+    guarded.in_child(_train, training_options(trial, definition, weights, arguments))
+
+
+def training_options(trial: Trial, definition: str, weights: str,
+                     arguments: argparse.Namespace) -> List[str]:
+    """Return the command line of train_imagenet.py for a trial."""
+    options = [
+        definition, weights, trial.folder, "--preset", trial.case.preset, "--classes", "10",
+        "--train", os.path.join(arguments.out, "train.lmdb"),
+        "--val", os.path.join(arguments.out, "val.lmdb"),
+        "--iterations", str(arguments.iterations), "--batch-size", str(BATCH_SIZE),
+        "--validate-every", str(arguments.validate_every), "--seed", str(trial.seed),
+        "--workers", "0", "--snapshot", "100", "--resume", "--cpu"]
+    return options if trial.case.kind is None else [*options, "--zero-last"]
+
+
+def _train(options: Sequence[str]) -> None:
+    """Train at a fixed rate: what the presets' rates are in the beginning.  In a child process."""
+    arguments = train_imagenet.parse(options)
+    measured = train_imagenet.validation(arguments)
+    plan = train_imagenet.training_plan(arguments, [], measured)
+    train(plan._replace(solver=fixed_rate(plan.solver)))
+
+
+def fixed_rate(preset: Any) -> Any:
+    """Return a preset's solver at the rate that it starts with."""
+    solver = caffe_messages().SolverParameter()
+    solver.CopyFrom(preset)
+    for field in ("gamma", "stepsize", "power"):
+        solver.ClearField(field)
+    solver.lr_policy, solver.base_lr = "fixed", LEARNING_RATE
+    return solver
+
+
+# ---------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------
+
+def report(trials: Sequence[Trial], arguments: argparse.Namespace,
+           argv: Optional[Sequence[str]]) -> None:
+    """Draw both figures and write the table of all values at a third and at the end."""
+    rows = []
+    for figure in ("figure3", "figure4"):
+        mine = [trial for trial in trials if trial.case.figure == figure]
+        runs = curves.read_runs([trial.folder for trial in mine],
+                                [trial.case.name for trial in mine])
+        spans = curves.spans_within(runs, [arguments.iterations // 3])
+        for value in curves.VALUES:
+            curves.draw(runs, value, spans[-1:],
+                        os.path.join(arguments.out, "%s_%s.png" % (figure, value)))
+        rows += [{"figure": figure, **row} for row in curves.summary(runs, spans)]
+    results.write_json(os.path.join(arguments.out, "curves.json"), {
+        **results.provenance(None, argv), "rows": rows})
+    results.write_csv(os.path.join(arguments.out, "curves.csv"), list(rows[0]),
+                      [list(row.values()) for row in rows])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
