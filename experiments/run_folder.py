@@ -66,9 +66,10 @@ def save_snapshot(solver: Any, folder: str) -> Snapshot:
     """Write the solver's weights and state whole and forget all but the last two snapshots.
 
     Caffe writes them into the hidden folder of `snapshot_prefix`; they appear in `folder` when
-    they are complete and on the disk.
+    they are complete and on the disk.  Raises ValueError where the disk has no room for them.
     """
     snapshot = Snapshot(folder, solver.iter)
+    _check_room(solver, folder)
     solver.snapshot()
     written = "%s_iter_%d" % (snapshot_prefix(folder), solver.iter)
     _point_to_weights(written + ".solverstate", os.path.basename(snapshot.weights))
@@ -94,10 +95,32 @@ def restore_snapshot(solver: Any, snapshot: Snapshot) -> None:
 
 
 def snapshot_prefix(folder: str) -> str:
-    """Where Caffe writes a snapshot before it is whole; what a killed run left is removed."""
-    hidden = os.path.join(os.path.abspath(folder), ".snapshot")
-    os.makedirs(hidden, exist_ok=True)
-    return os.path.join(hidden, "new")
+    """Return where Caffe writes a snapshot before it is whole."""
+    return os.path.join(_hidden(folder), "new")
+
+
+def make_hidden(folder: str) -> None:
+    """Make the hidden folder of `snapshot_prefix`, without what a killed run left there."""
+    remove_hidden(folder)
+    os.makedirs(_hidden(folder))
+
+
+def remove_hidden(folder: str) -> None:
+    """Remove the hidden folder of `snapshot_prefix`, where there is one."""
+    shutil.rmtree(_hidden(folder), ignore_errors=True)
+
+
+def _hidden(folder: str) -> str:
+    return os.path.join(os.path.abspath(folder), ".snapshot")
+
+
+def _check_room(solver: Any, folder: str) -> None:
+    """Caffe would abort half-way, without saying that the disk is full."""
+    weights = sum(blob.count for blobs in solver.net.params.values() for blob in blobs)
+    needed, free = 2 * 4 * weights, shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError("%s: the disk is full: a snapshot takes %.1f MB, %.1f MB are free"
+                         % (folder, needed / 2 ** 20, free / 2 ** 20))
 
 
 def _point_to_weights(state: str, weights: str) -> None:
@@ -223,9 +246,9 @@ def draw_curve(folder: str) -> None:
     axes = figure.subplots(1 + len(names), 1, squeeze=False, sharex=True)
     iterations = [row["iteration"] for row in log]
     losses = [row["loss"] for row in log]
-    window = max(1, len(losses) // 100)
-    axes[0, 0].plot(iterations, losses, color="0.8", linewidth=0.8, label="each iteration")
-    axes[0, 0].plot(*_averaged(iterations, losses, window), label="mean of %d" % window)
+    window = min(len(losses), max(10, len(losses) // 50))
+    axes[0, 0].plot(iterations, losses, color="0.8", linewidth=0.8, label="each")
+    axes[0, 0].plot(*_averaged(iterations, losses, window), label="mean of %d iterations" % window)
     axes[0, 0].set_ylabel("training loss")
     axes[0, 0].legend()
     for axis, name in zip(axes[1:, 0], names):

@@ -17,7 +17,6 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -169,7 +168,8 @@ class _Run:
             if first == 0:
                 self._measure()
             while solver.iter < plan.iterations and not received:
-                _reseed(plan.seed, solver.iter)
+                if solver.iter == first or not plan.gpus:
+                    _reseed(plan.seed, solver.iter)
                 solver.step(1)
                 loss = self._log()
                 if self._due(plan.measurement.every if plan.measurement else 0):
@@ -186,6 +186,7 @@ class _Run:
         self.log.close()
         if self.curves is not None:
             self.curves.close()
+        run_folder.remove_hidden(self.plan.folder)
 
     def _end(self, loss: Optional[float], stopped_by: Optional[int]) -> Outcome:
         last = run_folder.last_snapshot(self.plan.folder)
@@ -299,7 +300,7 @@ def _progress(plan: Plan, first: int, batch: int) -> Iterator[Callable[[int, flo
     """Show loss, images/s and remaining time: a bar on a terminal, else a line a minute."""
     started = shown = time.monotonic()
     tqdm.set_lock(threading.RLock())  # its default, a semaphore, outlives a process that aborts
-    with tqdm(total=plan.iterations, initial=first, unit="images", unit_scale=batch,
+    with tqdm(total=plan.iterations, initial=first, unit=" images", unit_scale=batch,
               disable=None, dynamic_ncols=True) as bar:
         def show(iteration: int, loss: float) -> None:
             nonlocal shown
@@ -318,9 +319,10 @@ def _progress(plan: Plan, first: int, batch: int) -> Iterator[Callable[[int, flo
 
 
 def _reseed(seed: int, iteration: int) -> None:
-    """Make what Caffe draws in an iteration (dropout) a function of seed, iteration and GPU.
+    """Make what Caffe draws from now on (dropout) a function of seed, iteration and GPU.
 
-    This is what makes every snapshot a point from which a run goes on as if never stopped.
+    Done before each iteration on the CPU, this makes every snapshot a point from which a run goes
+    on as if never stopped.  GPUs do not repeat sums to the bit anyway, and seed slowly.
     """
     caffe = import_caffe()
     caffe.set_random_seed(_caffe_seed(seed, 1 + iteration, caffe.solver_rank()))
@@ -465,6 +467,7 @@ def _write_definitions(plan: Plan) -> str:
     solver.snapshot_prefix = "snapshot"
     definitions.write_definition(solver, os.path.join(plan.folder, "solver.prototxt"),
                                  "Paths are relative to this folder.")
+    run_folder.make_hidden(plan.folder)
     solver.net = os.path.abspath(net)
     solver.snapshot_prefix = run_folder.snapshot_prefix(plan.folder)
     hidden = os.path.join(os.path.dirname(solver.snapshot_prefix), "solver.prototxt")
@@ -575,11 +578,9 @@ def _follow(gpus: List[int], rank: int, uid: Any, solver_file: str,
     nccl = _join(solver, uid)
     for layer in _feeding(solver.net):
         layer.begin(solver.iter * iter_size)
-    while solver.iter < iterations:
-        _reseed(seed, solver.iter)
-        solver.step(1)
-    del nccl
-    sys.exit(0)
+    _reseed(seed, solver.iter)
+    solver.step(iterations - solver.iter)
+    del nccl  # it had to live as long as the solver called it
 
 
 def _take_rank(count: int, rank: int) -> None:

@@ -15,6 +15,9 @@ import definitions
 import guarded
 import run_folder
 import training
+import training_net
+from image_batches import Crops
+from prefetch import Prefetcher
 from training import Folding, Measurement, Plan
 
 LEARNING_RATES = [
@@ -83,7 +86,7 @@ def test_a_run_leaves_weights_two_snapshots_log_curve_and_what_repeats_it(tmp_pa
     outcome = trained(tmp_path / "run", 7, snapshot_every=2, settings={"tried": 1}, seed=5)
     assert (outcome.iteration, outcome.stopped_by) == (7, None)
     assert sorted(os.listdir(tmp_path / "run")) == [
-        ".snapshot", "curve.png", "final.caffemodel", "log.csv", "run.json",
+        "curve.png", "final.caffemodel", "log.csv", "run.json",
         "snapshot_4.caffemodel", "snapshot_4.solverstate", "snapshot_6.caffemodel",
         "snapshot_6.solverstate", "solver.prototxt", "train_val.prototxt"]
     rows = run_folder.read_table(str(tmp_path / "run" / "log.csv"))
@@ -268,6 +271,21 @@ def test_a_log_row_cut_short_by_a_kill_is_dropped(tmp_path):
     assert path.read_text().split() == ["iteration,loss", "1,0.5", "2,0.4", "3,0.25"]
 
 
+def test_a_full_disk_is_an_error_before_caffe_aborts(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    with pytest.raises(ValueError, match="run: the disk is full"):
+        trained(tmp_path / "run", 3, snapshot_every=2)
+    assert run_folder.last_snapshot(str(tmp_path / "run")) is None
+
+
+def test_what_a_kill_left_of_a_snapshot_is_removed(tmp_path):
+    (tmp_path / "run" / ".snapshot").mkdir(parents=True)
+    (tmp_path / "run" / ".snapshot" / "new_iter_9.caffemodel").write_text("half of it")
+    trained(tmp_path / "run", 3, snapshot_every=2)
+    assert not (tmp_path / "run" / ".snapshot").exists()
+
+
 # ---------------------------------------------------------------------------------------------
 # How it stops
 # ---------------------------------------------------------------------------------------------
@@ -344,3 +362,40 @@ def _voc_run(tmp_path, voc_folder, iterations):
     definition = tiny_net.write(tmp_path / "tiny.prototxt")
     return lambda folder: ("train", definition, "none", folder, "--voc", voc_folder, "--iterations",
                            iterations, "--batch-size", 4, "--snapshot", 10, "--workers", 1, "--cpu")
+
+
+# ---------------------------------------------------------------------------------------------
+# Several GPUs
+# ---------------------------------------------------------------------------------------------
+
+def test_several_gpus_need_a_caffe_with_nccl(tmp_path):
+    with pytest.raises(ValueError, match="without NCCL"):
+        trained(tmp_path / "run", 1, gpus=[0, 1])
+
+
+def test_a_further_gpus_process_steps_to_the_end_on_its_own_batches(tmp_path, voc_folder):
+    assert guarded.in_child(_steps_of_rank_1, str(tmp_path), voc_folder) == (5, 7, 2)
+
+
+def _steps_of_rank_1(folder, voc_folder):
+    """Iterations done, first batch and step between batches of the process of GPU 1 of 2."""
+    source = training_net.image_source_layer(
+        "data", ("data", "label"), "image_batches.VocImages",
+        {"root": voc_folder, "split": "trainval"}, Crops(32, 32), 4, 0, 0)
+    classifier = training_net.classifier(
+        text_format.Parse(tiny_net.DEFINITION, definitions.caffe_messages().NetParameter()), 4, 2)
+    plan = Plan(training_net.training_net(classifier, source), solver(), folder, 4,
+                snapshot_every=1)
+    training.train(plan)
+    os.unlink(os.path.join(folder, "final.caffemodel"))
+    solver_file = training._write_definitions(plan)
+    caffe = definitions.import_caffe()
+    joined, started = [], []
+    training.use_device = lambda gpu: None
+    training._join = lambda solver, uid: joined.append(solver)
+    start = Prefetcher.start
+    Prefetcher.start = lambda self, first, step: (started.append((first, step)),
+                                                  start(self, first, step))
+    training._follow([0, 1], 1, "uid", solver_file, run_folder.Snapshot(folder, 3), 0, 5, 1)
+    caffe.set_solver_count(1)
+    return (joined[0].iter, *started[0])
