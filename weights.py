@@ -24,7 +24,11 @@ CONTRAST = 0.01
 TINY = 1e-20  # keeps what is 0 from being divided by
 # White patches of less than this part of the mean squared length say nothing: not chosen.
 FAINT = 0.1
-KMEANS_ITERATIONS = 10
+# Passes over all patches, and parts of them after each of which the centroids move.  On CaffeNet's
+# conv2 to conv5 the centroids explain as much of unseen patches as after 10 whole passes, which
+# take twice the time (0.032 of conv3's energy either way, 0.53 s for 0.90 s).
+KMEANS_ITERATIONS = 5
+KMEANS_PARTS = 8
 # Patches drawn per number in a patch: enough for a covariance that is regularised anyway.
 PATCHES_PER_DIMENSION = 2
 
@@ -152,16 +156,28 @@ def whitened(patches: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
 
 
 def spherical_kmeans(white: np.ndarray, count: int, rng: np.random.Generator,
-                     iterations: int = KMEANS_ITERATIONS) -> np.ndarray:
-    """Return (count, d) unit centroids of white data (n, d) (Coates & Ng 2012, section 2)."""
+                     iterations: int = KMEANS_ITERATIONS,
+                     parts: int = KMEANS_PARTS) -> np.ndarray:
+    """Return (count, d) unit centroids of white data (n, d) (Coates & Ng 2012, section 2).
+
+    The sum X S^T is kept as that of `parts` of the patches, which are renewed in turn: centroids
+    move that many times an iteration (as in Neal & Hinton's incremental EM).
+    """
     centroids = _chosen(white, count, rng)
-    rows = np.arange(len(white))
-    for _ in range(iterations):
-        products = white @ centroids.T
+    pieces = np.array_split(white, parts)
+    sums = np.zeros((parts,) + centroids.shape, np.float32)
+    total = np.zeros_like(centroids)
+    for step in range(iterations * parts):
+        piece, part = pieces[step % parts], sums[step % parts]
+        products = piece @ centroids.T
         best = np.abs(products).argmax(axis=1)
-        share = scipy.sparse.csr_matrix((products[rows, best], best, np.arange(len(white) + 1)),
-                                        shape=products.shape)
-        centroids = _unit_rows(share.T @ white + centroids)
+        share = scipy.sparse.csr_matrix(
+            (products[np.arange(len(piece)), best], best, np.arange(len(piece) + 1)),
+            shape=products.shape)
+        total -= part
+        part[...] = share.T @ piece
+        total += part
+        centroids = _unit_rows(total + centroids)
     return centroids
 
 

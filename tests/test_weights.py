@@ -238,9 +238,27 @@ def test_spherical_kmeans_is_the_papers_loop():
     cosines = start @ white.T / np.linalg.norm(white, axis=1)
     assert sorted(set(cosines.argmax(axis=1))) == sorted(cosines.argmax(axis=1))
     np.testing.assert_allclose(cosines.max(axis=1), 1, rtol=1e-5)
-    centroids = weights.spherical_kmeans(white, 12, rng(2), iterations=4)
+    centroids = weights.spherical_kmeans(white, 12, rng(2), iterations=4, parts=1)
     expected = plain_spherical_kmeans(white.astype(np.float64), start.astype(np.float64), 4)
     np.testing.assert_allclose(centroids, expected, atol=1e-4)
+
+
+def test_kmeans_by_parts_explains_photographs_as_twice_as_many_whole_passes_do(photo):
+    patches = weights.sample_patches(photo, 2000, rng(1), (7, 7)).reshape(2000, -1)
+    white, _ = weights.whitened(patches)
+
+    def explained(iterations, parts):
+        centroids = weights.spherical_kmeans(white, 96, rng(2), iterations, parts)
+        return float((np.abs(white @ centroids.T).max(axis=1) ** 2).mean())
+    chosen, whole = explained(0, 1), explained(10, 1)
+    assert explained(5, 8) > chosen + 0.97 * (whole - chosen)
+    assert whole > 1.2 * chosen
+
+
+def test_kmeans_of_fewer_patches_than_parts_is_finite():
+    centroids = weights.spherical_kmeans(rng(1).standard_normal((3, 5)).astype(np.float32), 4,
+                                         rng(2))
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, rtol=1e-5)
 
 
 def test_kmeans_finds_planted_clusters_of_either_sign():
