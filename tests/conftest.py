@@ -17,6 +17,9 @@ SCENES: List[List[Tuple[str, bool]]] = [
     [("disc", False), ("disc", True)],
 ]
 
+# Threads of OpenCV do not survive the fork of guarded.in_child, whose child would wait for them.
+cv2.setNumThreads(1)
+
 
 @pytest.fixture
 def voc_folder(tmp_path) -> str:
