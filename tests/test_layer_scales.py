@@ -62,6 +62,7 @@ class Case(NamedTuple):
 
 ALL = "uniform blocks"
 TWO = "x y"
+TYPES = set(definitions.import_caffe().layer_type_list())
 INDEX = image_input(3, name="index")
 CASES = [
     Case("AbsVal", carries=ALL),
@@ -194,6 +195,7 @@ CASES = [
     Case("Tile", "tile_param { tiles: 3 axis: 2 }", carries=ALL),
     Case("Tile", "tile_param { tiles: 3 }"),
 ]
+RUN = [case for case in CASES if case.type in TYPES]  # Caffes differ in a few types
 
 
 class Outcome(NamedTuple):
@@ -334,7 +336,7 @@ def outcome(case: Case, mode: str) -> Outcome:
 def all_outcomes() -> Dict[str, Dict[str, Outcome]]:
     """Run every case in every mode (in a child: Caffe may abort)."""
     return {case.label: {mode: outcome(case, mode)
-                         for mode in case.modes} for case in CASES}
+                         for mode in case.modes} for case in RUN}
 
 
 @pytest.fixture(scope="module")
@@ -343,19 +345,17 @@ def outcomes():
 
 
 def test_every_layer_type_of_this_caffe_is_either_run_here_or_has_a_reason_not_to():
-    types = set(definitions.import_caffe().layer_type_list())
     listed = [SOURCES, CUT, OPEN, {case.type for case in CASES}]
-    assert types == set().union(*listed)
-    assert sum(len(part) for part in listed) == len(types)
-    assert not set(TABLE) & (CUT | OPEN)
-    assert set(TABLE) <= types
+    assert set().union(*listed) >= TYPES
+    assert sum(len(part) for part in listed) == len(set().union(*listed))
+    assert set(TABLE) <= {case.type for case in CASES} | SOURCES
 
 
 def test_cases_have_labels_of_their_own():
     assert len({case.label for case in CASES}) == len(CASES)
 
 
-@pytest.mark.parametrize("kind", sorted(CUT))
+@pytest.mark.parametrize("kind", sorted(CUT & TYPES))
 def test_losses_and_scores_are_cut_off(kind):
     definition = parsed(image_input(1, 3, 4, 4, name="data") + layer("relu", "ReLU", "data")
                         + layer("score", kind, "relu relu"))
@@ -363,7 +363,7 @@ def test_losses_and_scores_are_cut_off(kind):
     assert [one.name for one in working.layer] == ["data", "relu"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.label for case in CASES])
+@pytest.mark.parametrize("case", RUN, ids=[case.label for case in RUN])
 def test_the_table_says_what_the_layer_makes_of_scaled_input(case, outcomes):
     found = outcomes[case.label]
     let_through = [mode for mode in case.modes if found[mode].said is not None]

@@ -11,6 +11,7 @@ from caffe_net import (
     ImageFeed,
     Statistics,
     affine_view,
+    choose_device,
     find_images,
     read_image,
     segments,
@@ -345,6 +346,18 @@ def test_affine_view_finds_outputs_and_inputs(kind, parameters, multiply):
     working.net._forward(x.position, x.position)
     before[:, 3] *= 2
     np.testing.assert_allclose(top.data, before, rtol=1e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Devices
+# ---------------------------------------------------------------------------------------------
+
+def test_a_gpu_that_is_not_there_is_one_line_and_the_cpu_needs_no_probe():
+    assert choose_device(True, None) is None
+    assert choose_device(True, 0) is None
+    with pytest.raises(ValueError, match="^GPU 97 cannot be used: ") as error:
+        choose_device(False, 97)
+    assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------
