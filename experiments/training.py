@@ -31,6 +31,7 @@ import definitions
 import guarded
 import results
 import run_folder
+import training_net
 from caffe_net import use_device
 from definitions import caffe_messages, import_caffe
 
@@ -108,6 +109,7 @@ def train(plan: Plan) -> Outcome:
     loss is not finite (naming the iteration), and what a layer that feeds the net raises.
     """
     _check(plan)
+    plan = _with_batch_statistics(plan)
     os.makedirs(plan.folder, exist_ok=True)
     snapshot = _starting_point(plan)
     repeat = _what_repeats(plan)
@@ -413,6 +415,14 @@ def copy_weights(source: Any, target: Any) -> None:
             raise ValueError("layer '%s' of the measured net is not in the training net" % name)
         for blob, trained in zip(blobs, source.params[name]):
             blob.data[...] = trained.data
+
+
+def _with_batch_statistics(plan: Plan) -> Plan:
+    net = training_net.repaired(plan.net)
+    if net is not plan.net:
+        logging.info("this Caffe's BatchNorm does not normalise by its batch: a Python layer "
+                     "stands in for it")
+    return plan._replace(net=net)
 
 
 def _check(plan: Plan) -> None:

@@ -8,10 +8,13 @@ losses (section 4.4).
     print(t.classifier(d.read_definition('models/googlenet/train_val.prototxt'), 10, 20).layer)"
 """
 import json
+import tempfile
 from typing import Any, Dict, List, NamedTuple, Sequence, Set
 
+import numpy as np
+
 import definitions
-from definitions import Input, caffe_messages
+from definitions import Input, caffe_messages, import_caffe
 from image_batches import Crops
 
 SUFFIX = "_voc"  # of the last layer's name, so that no caffemodel of another task fits it
@@ -20,6 +23,11 @@ AFFINE = {"Convolution": "convolution_param", "Deconvolution": "convolution_para
 # Of the new last layer, as in the author's released evaluation.
 WEIGHT_STD = 0.01
 BIAS = 0.1
+
+BATCH_PROBE = """
+layer { name: "x" type: "Input" top: "x" input_param { shape { dim: 2 dim: 1 dim: 1 dim: 1 } } }
+layer { name: "y" type: "BatchNorm" bottom: "x" top: "y" }
+"""
 
 
 class Classifier(NamedTuple):
@@ -46,7 +54,7 @@ def classifier(definition: Any, batch_size: int, classes: int) -> Classifier:
     affine = [layer for layer in kept if layer.type in AFFINE]
     if not affine:
         raise ValueError("the net has no layer with weights before '%s'" % scores)
-    _replace(affine[-1], classes)
+    _make_last(affine[-1], classes)
     return Classifier(kept, image, scores, affine[-1].name)
 
 
@@ -124,7 +132,7 @@ def plain(layer: Any) -> Any:
     return copy
 
 
-def _replace(layer: Any, classes: int) -> None:
+def _make_last(layer: Any, classes: int) -> None:
     """Make an affine layer one for `classes` classes, filled afresh."""
     if not layer.name.endswith(SUFFIX):
         layer.name += SUFFIX
@@ -140,3 +148,46 @@ def _replace(layer: Any, classes: int) -> None:
     parameters.weight_filler.std = WEIGHT_STD
     parameters.bias_filler.type = "constant"
     parameters.bias_filler.value = BIAS
+
+
+# ---------------------------------------------------------------------------------------------
+# BatchNorm
+# ---------------------------------------------------------------------------------------------
+
+def repaired(net: Any) -> Any:
+    """Return `net`, its BatchNorm layers replaced where this Caffe's do not see their batch.
+
+    Layers with `use_global_stats: true` are meant not to, and stay.
+    """
+    if all(layer.type != "BatchNorm" for layer in net.layer) or sees_its_batch():
+        return net
+    changed = caffe_messages().NetParameter()
+    changed.CopyFrom(net)
+    for layer in changed.layer:
+        if layer.type == "BatchNorm" and not layer.batch_norm_param.use_global_stats:
+            _see_batch(layer)
+    return changed
+
+
+def sees_its_batch() -> bool:
+    """Whether this Caffe's BatchNorm normalises by its batch in training: -1, 1 stays -1, 1."""
+    with tempfile.NamedTemporaryFile("w", suffix=".prototxt") as file:
+        file.write(BATCH_PROBE)
+        file.flush()
+        net = import_caffe().Net(file.name, import_caffe().TRAIN)
+    net.blobs["x"].data[...] = np.reshape([2.0, 4.0], (2, 1, 1, 1))
+    net.forward()
+    return bool(np.allclose(net.blobs["y"].data.ravel(), [-1, 1], atol=1e-3))
+
+
+def _see_batch(layer: Any) -> None:
+    parameters = layer.batch_norm_param
+    layer.type = "Python"
+    layer.python_param.module = "batch_statistics"
+    layer.python_param.layer = "BatchStatistics"
+    layer.python_param.param_str = json.dumps({
+        "eps": parameters.eps, "moving_average_fraction": parameters.moving_average_fraction})
+    layer.ClearField("batch_norm_param")
+    del layer.param[:]
+    for _ in range(3):  # sums are no weights to learn
+        layer.param.add(lr_mult=0, decay_mult=0)
