@@ -1,8 +1,9 @@
 """Contracts of experiments/detection.py: which detections are kept, and the files of them."""
 import cv2
-import detection
 import numpy as np
 import pytest
+
+import detection
 from average_precision import Detections
 from detection import Collected
 from voc import Voc
