@@ -164,12 +164,19 @@ def spare_weight_gradients(definition: Any, spared: Callable[[Any], bool]) -> No
     for layer in definition.layer:
         below = crossed.intersection(layer.bottom)
         if spared(layer) and below:
-            while len(layer.param) < 2:
+            while len(layer.param) < _blob_count(layer):
                 layer.param.add()
             for parameter in layer.param:
                 parameter.lr_mult = 0
         if spared(layer) or below:
             crossed.update(layer.top)
+
+
+def _blob_count(layer: Any) -> int:
+    """How many parameter blobs a convolution or fully connected layer has."""
+    parameters = (layer.inner_product_param if layer.type == "InnerProduct"
+                  else layer.convolution_param)
+    return 1 + parameters.bias_term
 
 
 def image_layers(definition: Any, batch_size: Optional[int]) -> Tuple[List[Any], Optional[Input]]:
