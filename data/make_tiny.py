@@ -26,7 +26,7 @@ log = logging.getLogger("make_tiny")
 # Classes and their colours (B, G, R); an image of 160 x 120 pixels shows one or two objects.
 COLOURS = {"disc": (40, 50, 210), "square": (200, 60, 40), "triangle": (50, 190, 60)}
 WIDTH, HEIGHT = 160, 120
-VOC_IMAGES = {"trainval": 24, "test": 12}
+VOC_IMAGES = {"train": 12, "val": 12, "test": 12}
 IMAGENET_IMAGES = {"train": 36, "val": 12}
 IMAGENET_SIDE = 72
 
@@ -68,10 +68,11 @@ def run(arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------
 
 def write_voc(root: str, rng: np.random.Generator) -> None:
-    """Write a folder in PASCAL VOC's layout with the splits of VOC_IMAGES."""
+    """Write a folder in PASCAL VOC's layout: train and val, trainval with both, and test."""
     for folder in ("Annotations", "JPEGImages", os.path.join("ImageSets", "Main")):
         os.makedirs(os.path.join(root, folder), exist_ok=True)
     number = 0
+    training: Dict[str, List[Shape]] = {}
     for split, count in VOC_IMAGES.items():
         contents: Dict[str, List[Shape]] = {}
         for _ in range(count):
@@ -85,6 +86,9 @@ def write_voc(root: str, rng: np.random.Generator) -> None:
             _write_image(os.path.join(root, "JPEGImages", image + ".jpg"), pixels)
             _write_annotation(root, image, contents[image])
         _write_split(root, split, contents)
+        if split != "test":
+            training.update(contents)
+    _write_split(root, "trainval", training)
 
 
 def write_imagenet(root: str, rng: np.random.Generator) -> None:
