@@ -35,7 +35,8 @@ from caffe_net import choose_device, use_device
 from definitions import caffe_messages
 from image_batches import Crops
 from prefetch import Prefetcher
-from training import Plan, exit_status, load_weights, train
+from trained_weights import load_weights
+from training import Plan, exit_status, train
 from voc_lmdb import open_voc
 
 DATASET = "image_batches.VocImages"

@@ -28,7 +28,7 @@ import guarded
 import magic_init
 import training_net
 from definitions import import_caffe
-from training import check_filled
+from trained_weights import check_filled
 from voc_lmdb import open_voc
 
 FILLED = ("gaussian", "reference", "xavier", "msra")

@@ -235,13 +235,27 @@ def check_same_run(folder: str, repeat: Dict[str, Any]) -> None:
                              % (folder, name, value, before.get(name)))
 
 
+def is_finished(folder: str, iterations: int) -> bool:
+    """Whether a run of that many iterations ended here and its weights are still there."""
+    path = os.path.join(folder, "run.json")
+    if not os.path.exists(path) or not os.path.exists(os.path.join(folder, "final.caffemodel")):
+        return False
+    record = results.read_json(path)
+    return bool(record.get("finished")) and record.get("iteration") == iterations
+
+
+def measured(folder: str) -> List[Dict[str, float]]:
+    """Return the rows of curves.csv, none where nothing was measured."""
+    return read_table(os.path.join(folder, "curves.csv"))
+
+
 def draw_curve(folder: str) -> None:
     """Draw log.csv, and curves.csv where there is one, as curve.png."""
     log = read_table(os.path.join(folder, "log.csv"))
-    measured = read_table(os.path.join(folder, "curves.csv"))
+    curves = measured(folder)
     if not log:
         return
-    names = [name for name in measured[0] if name != "iteration"] if measured else []
+    names = [name for name in curves[0] if name != "iteration"] if curves else []
     figure = Figure(figsize=(7, 3 + 2 * len(names)))
     axes = figure.subplots(1 + len(names), 1, squeeze=False, sharex=True)
     iterations = [row["iteration"] for row in log]
@@ -252,7 +266,7 @@ def draw_curve(folder: str) -> None:
     axes[0, 0].set_ylabel("training loss")
     axes[0, 0].legend()
     for axis, name in zip(axes[1:, 0], names):
-        axis.plot([row["iteration"] for row in measured], [row[name] for row in measured],
+        axis.plot([row["iteration"] for row in curves], [row[name] for row in curves],
                   marker=".")
         axis.set_ylabel(name)
     axes[-1, 0].set_xlabel("iteration")

@@ -17,14 +17,12 @@ import math
 import multiprocessing
 import os
 import signal
-import tempfile
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 from google.protobuf import text_format
-from google.protobuf.message import DecodeError
 from tqdm import tqdm
 
 import definitions
@@ -34,6 +32,7 @@ import run_folder
 import training_net
 from caffe_net import use_device
 from definitions import caffe_messages, import_caffe
+from trained_weights import check_filled, copy_weights, load_weights
 
 LOG_SECONDS = 60  # between two lines of progress where there is no terminal
 
@@ -111,10 +110,13 @@ def train(plan: Plan) -> Outcome:
     _check(plan)
     plan = _with_batch_statistics(plan)
     os.makedirs(plan.folder, exist_ok=True)
-    snapshot = _starting_point(plan)
     repeat = _what_repeats(plan)
-    if snapshot is not None:
+    if plan.resume:
         run_folder.check_same_run(plan.folder, repeat)
+        if run_folder.is_finished(plan.folder, plan.iterations):
+            logging.info("%s is finished", plan.folder)
+            return Outcome(plan.iterations, None, None, run_folder.measured(plan.folder))
+    snapshot = _starting_point(plan)
     solver_file = _write_definitions(plan)
     use_device(plan.gpus[0] if plan.gpus else None)
     with _several_gpus(plan, solver_file, snapshot) as join:
@@ -198,8 +200,8 @@ class _Run:
         else:
             self._save_weights(os.path.join(self.plan.folder, "final.caffemodel"))
         run_folder.draw_curve(self.plan.folder)
-        outcome = Outcome(self.solver.iter, loss, stopped_by, run_folder.read_table(
-            os.path.join(self.plan.folder, "curves.csv")))
+        outcome = Outcome(self.solver.iter, loss, stopped_by,
+                          run_folder.measured(self.plan.folder))
         self._write_run(outcome)
         return outcome
 
@@ -359,9 +361,11 @@ def _feeding(net: Any) -> List[Any]:
 def learning_rate(solver: Any, iteration: int, iterations: int) -> float:
     """Return the rate that Caffe's lr_policy gives `iteration` (counted from 0).
 
-    Raises ValueError naming a policy that Caffe does not have.
+    Raises ValueError naming a policy that Caffe does not have, or that lacks its step size.
     """
     policy, rate, gamma = solver.lr_policy, solver.base_lr, solver.gamma
+    if policy == "step" and solver.stepsize < 1:
+        raise ValueError("lr_policy 'step' needs a stepsize of at least 1")
     if policy == "fixed":
         return rate
     if policy == "step":
@@ -377,44 +381,6 @@ def learning_rate(solver: Any, iteration: int, iterations: int) -> float:
     if policy == "sigmoid":
         return rate / (1 + math.exp(-gamma * (iteration - solver.stepsize)))
     raise ValueError("lr_policy '%s' is not one of Caffe's" % policy)
-
-
-def load_weights(net: Any, path: str, fresh: Sequence[str] = ()) -> List[str]:
-    """Copy a caffemodel into a caffe.Net by layer name; return the net's layers left as they are.
-
-    Layers in `fresh` are left.  Raises ValueError naming the layer and both shapes where they
-    differ, and where no layer of the file is in the net.
-    """
-    shapes = definitions.read_weights(path)
-    loaded = [name for name in net.params if name in shapes and name not in fresh]
-    if not loaded:
-        raise ValueError("%s: none of its layers (%s...) is one of the net's (%s...)"
-                         % (path, ", ".join(list(shapes)[:3]), ", ".join(list(net.params)[:3])))
-    for name in loaded:
-        wanted = [tuple(blob.shape) for blob in net.params[name]]
-        if [_plain_shape(shape) for shape in shapes[name]] != [_plain_shape(s) for s in wanted]:
-            raise ValueError("%s: layer '%s' has weights of shape %s, the net wants %s" % (
-                path, name, _shapes(shapes[name]), _shapes(wanted)))
-    if any(name in shapes for name in fresh):
-        with tempfile.NamedTemporaryFile(suffix=".caffemodel") as file:
-            file.write(_without(path, fresh))
-            file.flush()
-            net.copy_from(file.name)
-    else:
-        net.copy_from(path)
-    return [name for name in net.params if name not in loaded]
-
-
-def copy_weights(source: Any, target: Any) -> None:
-    """Copy parameters between two caffe.Nets by layer name.
-
-    A copy, not Caffe's sharing: nets that share weights can crash when they end.
-    """
-    for name, blobs in target.params.items():
-        if name not in source.params:
-            raise ValueError("layer '%s' of the measured net is not in the training net" % name)
-        for blob, trained in zip(blobs, source.params[name]):
-            blob.data[...] = trained.data
 
 
 def _with_batch_statistics(plan: Plan) -> Plan:
@@ -497,47 +463,6 @@ def _load(plan: Plan, solver: Any, snapshot: Optional[run_folder.Snapshot]) -> N
         check_filled(plan.net, left)
     else:
         check_filled(plan.net, list(solver.net.params))
-
-
-def check_filled(net: Any, names: Sequence[str]) -> None:
-    """Raise ValueError naming the first layer of `names` whose weights nothing sets.
-
-    Caffe would leave them 0, which no training leaves again.
-    """
-    for layer in net.layer:
-        parameters = {"Convolution": layer.convolution_param,
-                      "InnerProduct": layer.inner_product_param}.get(layer.type)
-        if parameters is not None and layer.name in names \
-                and not parameters.HasField("weight_filler"):
-            raise ValueError("layer '%s': neither the weights nor a weight_filler of the "
-                             "definition set it" % layer.name)
-
-
-def _without(path: str, names: Sequence[str]) -> bytes:
-    """A caffemodel's bytes without the layers called `names`."""
-    weights = caffe_messages().NetParameter()
-    with open(path, "rb") as file:
-        try:
-            weights.ParseFromString(file.read())
-        except DecodeError as error:
-            raise ValueError("%s: cut short or not a caffemodel" % path) from error
-    for field in (weights.layer, weights.layers):
-        for index in reversed(range(len(field))):
-            if field[index].name in names:
-                del field[index]
-    return weights.SerializeToString()
-
-
-def _plain_shape(shape: Sequence[int]) -> Tuple[int, ...]:
-    """A shape without leading ones: old files write every blob with four axes."""
-    lengths = list(shape)
-    while len(lengths) > 1 and lengths[0] == 1:
-        del lengths[0]
-    return tuple(lengths)
-
-
-def _shapes(shapes: Sequence[Sequence[int]]) -> str:
-    return " and ".join("x".join(str(length) for length in shape) or "1" for shape in shapes)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -246,6 +246,15 @@ def test_resuming_with_other_settings_is_an_error_that_names_the_setting(tmp_pat
         trained(tmp_path / "run", 3, settings={"batch_size": 5}, resume=True)
 
 
+def test_resuming_a_finished_run_does_nothing(tmp_path):
+    first = trained(tmp_path / "run", 3, measurement=_measurement())
+    before = {name: content(tmp_path / "run" / name) for name in os.listdir(tmp_path / "run")}
+    again = trained(tmp_path / "run", 3, measurement=_measurement(), resume=True)
+    assert again == first._replace(loss=None)
+    assert before == {name: content(tmp_path / "run" / name)
+                      for name in os.listdir(tmp_path / "run")}
+
+
 def test_a_snapshot_cut_short_is_passed_over(tmp_path):
     trained(tmp_path / "run", 4, snapshot_every=2)
     os.unlink(str(tmp_path / "run" / "snapshot_4.caffemodel"))
