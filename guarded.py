@@ -94,6 +94,10 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
             signals.start(child)
             sender.close()
             try:
+                while not receiver.poll(0.2) and child.exitcode is None:
+                    pass  # processes that it started may hold its end of the pipe when it is gone
+                if not receiver.poll():
+                    raise EOFError
                 answer, error, where = receiver.recv()
             except EOFError:
                 child.join()

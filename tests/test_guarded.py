@@ -137,6 +137,16 @@ def killing_itself(number):
     os.kill(os.getpid(), number)
 
 
+def killed_before_its_own_child(path):
+    grandchild = os.fork()
+    if grandchild == 0:
+        time.sleep(60)
+        os._exit(0)
+    with open(path, "w") as file:
+        json.dump(grandchild, file)
+    killing_itself(signal.SIGKILL)
+
+
 def exiting(status):
     os._exit(status)
 
@@ -208,6 +218,14 @@ def test_a_killed_child_is_one_line(start, number, message):
     with pytest.raises(ChildDied) as error:
         in_child(killing_itself, number)
     assert str(error.value) == message
+
+
+def test_what_a_killed_child_leaves_behind_is_not_waited_for(start, tmp_path):
+    before = time.time()
+    with pytest.raises(ChildDied, match="the work was killed"):
+        in_child(killed_before_its_own_child, str(tmp_path / "left"))
+    assert time.time() - before < 30
+    os.kill(json.loads((tmp_path / "left").read_text()), signal.SIGKILL)
 
 
 def test_a_child_that_ends_without_a_word_is_one_line():
