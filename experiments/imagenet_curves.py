@@ -27,7 +27,6 @@ class Curves:
         self.net = net
         self._log = _Tail(os.path.join(folder, "log.csv"))
         self._every = every
-        self._path = path
         size = net.image.shape[0]
         self._batches = batches_of(len(LmdbImages(path, classes).labels), size)
         self._feed = Prefetcher(make_centre_batches, (path, classes, crops, size),
@@ -38,7 +37,7 @@ class Curves:
     def measure(self, net: Any) -> Dict[str, float]:
         """Return the named values of a row, from the validation net with the current weights.
 
-        Raises ValueError where the net's scores are not finite.
+        NaN where its scores are; then the loss of the next iteration is, too, and ends the run.
         """
         if not self._started:
             self._feed.start(0)
@@ -49,9 +48,6 @@ class Curves:
             net.blobs[self.net.image.blob].data[:len(pixels)] = pixels
             net.forward()
             scores = net.blobs[self.net.outputs[-1]].data[:len(pixels)]
-            if not np.isfinite(scores).all():
-                raise ValueError("the net's scores of the validation images in %s are not finite: "
-                                 "give a smaller learning rate" % self._path)
             loss += imagenet_net.softmax_loss(scores, labels).sum()
             wrong += imagenet_net.error_rate(scores, labels) * len(pixels)
             images += len(pixels)

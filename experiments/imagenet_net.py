@@ -42,7 +42,8 @@ def error_rate(scores: np.ndarray, labels: np.ndarray) -> float:
 def softmax_loss(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return -log softmax(scores)[label] in float64 for every row of scores (n, classes, ...)."""
     rows = scores.reshape(len(scores), -1).astype(np.float64)
-    rows -= rows.max(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN, as it should be
+        rows -= rows.max(axis=1, keepdims=True)
     own = rows[np.arange(len(rows)), labels.reshape(-1).astype(np.int64)]
     return np.log(np.exp(rows).sum(axis=1)) - own
 

@@ -13,6 +13,7 @@ standard errors over trials);
 OUT/runs holds the runs, which go on or are left alone when the command is given again.
 """
 import argparse
+import collections
 import concurrent.futures
 import logging
 import os
@@ -147,6 +148,8 @@ def run_trial(trial: Trial, arguments: argparse.Namespace) -> None:
 
     Raises ValueError naming the run where it fails for another reason than that it diverged.
     """
+    if ended(trial, arguments.iterations):
+        return
     definition = os.path.join(MODELS, trial.case.net, "deploy.prototxt")
     weights = "none"
     if trial.case.kind is not None:
@@ -156,7 +159,26 @@ def run_trial(trial: Trial, arguments: argparse.Namespace) -> None:
                 definition, weights, "-d", images, "-t", trial.case.kind, "--calibrate",
                 "--seed", str(trial.seed), "--cpu", "-q"]):
             raise ValueError("%s: the initialisation failed" % trial.folder)
-    guarded.in_child(_train, training_options(trial, definition, weights, arguments))
+    try:
+        guarded.in_child(_train, training_options(trial, definition, weights, arguments))
+    except ValueError as error:
+        if not ended(trial, arguments.iterations):
+            raise ValueError("%s: %s" % (trial.folder, error)) from error
+        log.warning("%s: %s", trial.folder, error)
+
+
+def ended(trial: Trial, iterations: int) -> bool:
+    """Whether there is nothing left to do, because a run is finished or has diverged."""
+    path = os.path.join(trial.folder, "run.json")
+    if not os.path.exists(path):
+        return False
+    record = results.read_json(path)
+    return diverged(trial) or bool(record.get("finished")) and record["iteration"] >= iterations
+
+
+def diverged(trial: Trial) -> bool:
+    """Whether a run ended because its loss was not finite."""
+    return results.read_json(os.path.join(trial.folder, "run.json")).get("diverged") is not None
 
 
 def training_options(trial: Trial, definition: str, weights: str,
@@ -196,7 +218,10 @@ def fixed_rate(preset: Any) -> Any:
 
 def report(trials: Sequence[Trial], arguments: argparse.Namespace,
            argv: Optional[Sequence[str]]) -> None:
-    """Draw both figures and write the table of all values at a third and at the end."""
+    """Draw both figures and write the table of all values at a third and at the end.
+
+    Curves end where the first of their trials diverged.
+    """
     rows = []
     for figure in ("figure3", "figure4"):
         mine = [trial for trial in trials if trial.case.figure == figure]
@@ -206,7 +231,9 @@ def report(trials: Sequence[Trial], arguments: argparse.Namespace,
         for value in curves.VALUES:
             curves.draw(runs, value, spans[-1:],
                         os.path.join(arguments.out, "%s_%s.png" % (figure, value)))
-        rows += [{"figure": figure, **row} for row in curves.summary(runs, spans)]
+        lost = collections.Counter(trial.case.name for trial in mine if diverged(trial))
+        rows += [{"figure": figure, **row, "diverged": lost[row["name"]]}
+                 for row in curves.summary(runs, spans)]
     results.write_json(os.path.join(arguments.out, "curves.json"), {
         **results.provenance(None, argv), "rows": rows})
     results.write_csv(os.path.join(arguments.out, "curves.csv"), list(rows[0]),
