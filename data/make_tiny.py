@@ -5,15 +5,17 @@
 writes below the folder given
     VOC2007/                       a VOC-layout folder: coloured shapes on noise, with boxes
     imagenet/{train,val}.txt       image lists ('path label') of one shape each, below imagenet/
-    pretrained.{prototxt,caffemodel}  a net with random weights as others write theirs: R, G, B, a
-                                   mean of its own, a fully connected layer as a convolution
+    normalised.prototxt            NET with BatchNorm and Scale behind affine layers
+    plain.prototxt                 NET without local response normalisation
+    pretrained.{prototxt,caffemodel}  NET, random weights, and a fully connected layer written as
+                                   a convolution, as others may do
 experiments/tiny.yaml runs every rule of the paper's workflow on them.
 """
 import argparse
 import logging
 import os
 import sys
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -46,7 +48,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("folder", metavar="DIR", help="folder to write to; made where missing")
     parser.add_argument("--model", metavar="NET.prototxt",
                         default=os.path.join("models", "caffenet_tiny", "deploy.prototxt"),
-                        help="definition that the pretrained net fits (default: %(default)s)")
+                        help="CaffeNet's likes to derive nets from (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     guarded.log_to_stderr()
     return guarded.command_line(run, parser.parse_args(argv), parser.prog)
@@ -58,6 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
     os.makedirs(arguments.folder, exist_ok=True)
     write_voc(os.path.join(arguments.folder, "VOC2007"), rng)
     write_imagenet(os.path.join(arguments.folder, "imagenet"), rng)
+    for name, change in (("normalised", normalised), ("plain", without_lrn)):
+        definitions.write_definition(change(definitions.read_definition(arguments.model)),
+                                     os.path.join(arguments.folder, name + ".prototxt"))
     guarded.in_child(write_pretrained, arguments.model,
                      os.path.join(arguments.folder, "pretrained"), arguments.seed)
     log.info("wrote %s", arguments.folder)
@@ -159,8 +164,44 @@ def _write_lines(path: str, lines: Sequence[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# A net as others write theirs
+# Nets
 # ---------------------------------------------------------------------------------------------
+
+def normalised(definition: Any) -> Any:
+    """Return a net with BatchNorm and Scale behind every affine layer but the last."""
+    layers = _copies(definition.layer)
+    affine = [layer for layer in layers if layer.type in ("Convolution", "InnerProduct")]
+    del definition.layer[:]
+    for layer in layers:
+        definition.layer.extend([layer])
+        if layer in affine[:-1]:
+            blob = layer.top[0]
+            definition.layer.add(name=layer.name + "_bn", type="BatchNorm", bottom=[blob],
+                                 top=[blob])
+            scale = definition.layer.add(name=layer.name + "_scale", type="Scale", bottom=[blob],
+                                         top=[blob])
+            scale.scale_param.bias_term = True
+    return definition
+
+
+def without_lrn(definition: Any) -> Any:
+    """Return a net without its LRN layers: who read their tops reads their bottoms."""
+    layers = [layer for layer in _copies(definition.layer) if layer.type != "LRN"]
+    instead = {layer.top[0]: layer.bottom[0] for layer in definition.layer if layer.type == "LRN"}
+    for layer in layers:
+        layer.bottom[:] = [instead.get(blob, blob) for blob in layer.bottom]
+    del definition.layer[:]
+    definition.layer.extend(layers)
+    return definition
+
+
+def _copies(layers: Iterable[Any]) -> List[Any]:
+    """Copies that stay when the definition's own layers are cleared."""
+    copies = [definitions.caffe_messages().LayerParameter() for _ in layers]
+    for copy, layer in zip(copies, layers):
+        copy.CopyFrom(layer)
+    return copies
+
 
 def write_pretrained(model: str, stem: str, seed: int) -> None:
     """Write STEM.prototxt, `model` with its fc6 as a convolution, and random STEM.caffemodel."""
