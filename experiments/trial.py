@@ -28,6 +28,8 @@ from run_folder import sha256
 log = logging.getLogger("trial")
 
 OUTCOME, COMMAND, WEIGHTS = "outcome.json", "command.json", "final.caffemodel"
+# Options that say where and how a run computes, not what, and how many values they have.
+NO_MATTER = {"--cpu": 0, "--gpu": 1, "--workers": 1, "--processes": 1, "--snapshot": 1}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -81,11 +83,20 @@ def test(arguments: argparse.Namespace) -> int:
 
 
 def fingerprint(command: Sequence[str], folder: str) -> Dict[str, object]:
-    """Return a command and the SHA-256 of the files that it names outside of its folder."""
+    """Return what of a command matters, and the SHA-256 of the files that it names elsewhere."""
+    words: List[str] = []
+    skipped = 0
+    for word in command[1:]:
+        if word in NO_MATTER:
+            skipped = NO_MATTER[word] + 1
+        if skipped:
+            skipped -= 1
+        else:
+            words.append(word)
     inside = os.path.abspath(folder) + os.sep
-    files = [word for word in command[1:]
+    files = [word for word in words[1:]
              if os.path.isfile(word) and not os.path.abspath(word).startswith(inside)]
-    return {"command": list(command[1:]), "files": {path: sha256(path) for path in files}}
+    return {"command": words, "files": {path: sha256(path) for path in files}}
 
 
 def run(command: List[str]) -> int:
