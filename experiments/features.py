@@ -22,7 +22,7 @@ from caffe_net import read_image, use_device
 from image_batches import MEAN
 from prefetch import Batch, Prefetcher
 from run_folder import sha256
-from training import load_weights
+from trained_weights import load_weights
 
 PART_ROWS = 4096
 BROKEN_PART = 0.01  # more broken images than this part of a list, and more than ten, are an error

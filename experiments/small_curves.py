@@ -18,6 +18,7 @@ import concurrent.futures
 import logging
 import os
 import shutil
+import subprocess
 import sys
 from typing import Any, List, NamedTuple, Optional, Sequence
 
@@ -27,7 +28,6 @@ import numpy as np
 import curves
 import guarded
 import image_database
-import magic_init
 import results
 import train_imagenet
 from argument_types import count
@@ -36,7 +36,7 @@ from training import train
 
 log = logging.getLogger("small_curves")
 
-MODELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models")
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ARRAYS = {"train": ("train_images", "train_labels"), "val": ("test_images", "test_labels")}
 LEARNING_RATE = 0.01
 BATCH_SIZE = 32
@@ -150,21 +150,28 @@ def run_trial(trial: Trial, arguments: argparse.Namespace) -> None:
     """
     if ended(trial, arguments.iterations):
         return
-    definition = os.path.join(MODELS, trial.case.net, "deploy.prototxt")
+    definition = os.path.join(TOP, "models", trial.case.net, "deploy.prototxt")
     weights = "none"
     if trial.case.kind is not None:
         weights = trial.folder + ".caffemodel"
-        images = os.path.join(arguments.out, "images")
-        if not os.path.exists(weights) and magic_init.main([
-                definition, weights, "-d", images, "-t", trial.case.kind, "--calibrate",
-                "--seed", str(trial.seed), "--cpu", "-q"]):
-            raise ValueError("%s: the initialisation failed" % trial.folder)
+        if not os.path.exists(weights):
+            initialise(trial, definition, weights, os.path.join(arguments.out, "images"))
     try:
         guarded.in_child(_train, training_options(trial, definition, weights, arguments))
     except ValueError as error:
         if not ended(trial, arguments.iterations):
             raise ValueError("%s: %s" % (trial.folder, error)) from error
         log.warning("%s: %s", trial.folder, error)
+
+
+def initialise(trial: Trial, definition: str, weights: str, images: str) -> None:
+    """Write a trial's first weights.  Raises ValueError with what magic_init.py says."""
+    done = subprocess.run(
+        [sys.executable, os.path.join(TOP, "magic_init.py"), definition, weights, "--data", images,
+         "--type", str(trial.case.kind), "--calibrate", "--seed", str(trial.seed), "--cpu", "-q"],
+        stderr=subprocess.PIPE, universal_newlines=True, check=False)
+    if done.returncode:
+        raise ValueError("%s: %s" % (trial.folder, done.stderr.strip()))
 
 
 def ended(trial: Trial, iterations: int) -> bool:
