@@ -4,12 +4,12 @@ import subprocess
 import sys
 
 import cv2
-import curves
 import numpy as np
 import pytest
-import small_curves
 
+import curves
 import results
+import small_curves
 
 COLUMNS = ["iteration", "training_loss", "training_error", "validation_loss", "validation_error"]
 

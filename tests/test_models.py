@@ -3,12 +3,12 @@ import glob
 import os
 import re
 
-import generate
 import pytest
-import training_net
 
 import definitions
+import generate
 import guarded
+import training_net
 
 MODELS = os.path.dirname(os.path.abspath(generate.__file__))
 # Parameters, weights and biases, of the public nets: CaffeNet's as in Caffe's model zoo (AlexNet's
@@ -114,8 +114,9 @@ def test_a_training_net_has_the_layers_of_its_deploy_net(net):
     assert list(training) == list(deploy)
 
 
-@pytest.mark.parametrize("net, crop, batch", [("caffenet", 227, 256), ("caffenet_nolrn", 227, 256),
-                                              ("googlenet", 224, 32), ("googlenet_single", 224, 32)])
+@pytest.mark.parametrize("net, crop, batch", [
+    ("caffenet", 227, 256), ("caffenet_nolrn", 227, 256), ("googlenet", 224, 32),
+    ("googlenet_single", 224, 32)])
 def test_training_reads_mirrored_crops_in_the_papers_batches(net, crop, batch):
     training, validation = [layer for layer in read(net + "/train_val.prototxt").layer
                             if layer.type == "Data"]

@@ -3,15 +3,15 @@ import os
 import re
 
 import cv2
-import features
-import nearest_neighbours
 import numpy as np
 import pytest
-from nearest_neighbours import nearest
 
 import definitions
+import features
 import guarded
+import nearest_neighbours
 import results
+from nearest_neighbours import nearest
 
 NET = """
 name: "tiny"

@@ -4,18 +4,18 @@ import json
 import os
 import shutil
 
-import imagenet_net
-import lmdb_images
 import numpy as np
 import pytest
-import train_imagenet
-import training
-from image_batches import Crops, ImageBatches
 
 import definitions
 import guarded
 import image_database
+import imagenet_net
+import lmdb_images
 import results
+import train_imagenet
+import training
+from image_batches import Crops, ImageBatches
 
 NET = """
 name: "tiny"
