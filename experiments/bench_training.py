@@ -1,7 +1,8 @@
 """What reading images costs: a training iteration on photographs against one on nothing.
 
 The same net is stepped on random crops (ImageSource) and on a constant blob (DummyData) in turns,
-and the median times are compared; then memory is watched over 300 iterations of a small net.
+and the median times are compared, and the processor times of all processes, which mean something
+on a busy machine, too; then memory is watched over 300 iterations of a small net.
 
     python experiments/bench_training.py --voc VOCdevkit/VOC2007 --out build/bench_training.json
 """
@@ -12,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from google.protobuf import text_format
 
@@ -38,17 +39,21 @@ def measure(arguments: argparse.Namespace, gpu: Optional[int]) -> Dict[str, Any]
     guarded.log_to_stderr()
     use_device(gpu)
     seconds: Dict[str, List[float]] = {"images": [], "nothing": []}
+    processor = {"images": 0.0, "nothing": 0.0}
     solvers = {kind: _solver(arguments, arguments.net, arguments.batch_size, kind)
                for kind in seconds}
     for turn in range(ROUNDS):
         for kind, solver in solvers.items():
-            taken = _iterations(solver, arguments.iterations, turn)
+            taken, used = _iterations(solver, arguments.iterations, turn)
             seconds[kind] += taken
+            processor[kind] += used / (ROUNDS * arguments.iterations)
             logging.info("round %d of %d, %s: %.3f s an iteration", turn + 1, ROUNDS, kind,
                          statistics.median(taken))
     medians = {kind: statistics.median(taken) for kind, taken in seconds.items()}
     before, after = _memory(arguments)
     return {"seconds": medians, "ratio": medians["images"] / medians["nothing"],
+            "processor_seconds": processor,
+            "processor_ratio": processor["images"] / processor["nothing"],
             "memory_iterations": MEMORY_ITERATIONS, "memory_mb": [before, after]}
 
 
@@ -76,20 +81,34 @@ def _solver(arguments: argparse.Namespace, model: str, batch_size: int, kind: st
         return import_caffe().get_solver(path)
 
 
-def _iterations(solver: Any, iterations: int, turn: int) -> List[float]:
-    """Seconds of each of `iterations` steps, with the workers of this net alone at work."""
+def _iterations(solver: Any, iterations: int, turn: int) -> Tuple[List[float], float]:
+    """Seconds of each of `iterations` steps and of all processors, with the workers of this net
+    alone at work."""
     sources = [layer for layer in solver.net.layers if hasattr(layer, "begin")]
     for layer in sources:
         layer.begin(turn * (WARM_UP + iterations))
     solver.step(WARM_UP)
+    workers = [process for layer in sources for process in layer.batches.process_ids()]
+    before = _processor_seconds(workers)
     taken = []
     for _ in range(iterations):
         started = time.perf_counter()
         solver.step(1)
         taken.append(time.perf_counter() - started)
+    used = _processor_seconds(workers) - before
     for layer in sources:
         layer.close()
-    return taken
+    return taken, used
+
+
+def _processor_seconds(processes: Sequence[int]) -> float:
+    """Processor time of this process and others so far, all threads and cores."""
+    total = time.process_time()
+    for process in processes:
+        with open("/proc/%d/stat" % process) as file:
+            fields = file.read().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def _memory(arguments: argparse.Namespace) -> List[float]:
@@ -120,6 +139,9 @@ def run(arguments: argparse.Namespace) -> int:
     found = guarded.in_child(measure, arguments, gpu)
     print("an iteration on images takes %.3f s, on nothing %.3f s: %+.1f%%" % (
         found["seconds"]["images"], found["seconds"]["nothing"], 100 * (found["ratio"] - 1)))
+    print("processor time: %.3f s on images, %.3f s on nothing: %+.1f%%" % (
+        found["processor_seconds"]["images"], found["processor_seconds"]["nothing"],
+        100 * (found["processor_ratio"] - 1)))
     print("memory: %.0f MB after 50 iterations, %.0f MB after %d more" % (
         *found["memory_mb"], found["memory_iterations"]))
     if arguments.out is not None:

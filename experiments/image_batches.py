@@ -212,14 +212,17 @@ class ImageBatches:
     def __call__(self, number: int) -> Batch:
         """Return the batch: images (batch_size, channels, height, width), labels (batch_size, ...)
         """
-        images, labels = [], []
+        images = np.empty((self.batch_size, len(self.crops.mean), self.crops.height,
+                           self.crops.width), np.float32)
+        labels = np.empty((self.batch_size, *self.dataset.labels.shape[1:]), np.float32)
         broken: List[str] = []
-        for position in range(number * self.batch_size, (number + 1) * self.batch_size):
+        for place in range(self.batch_size):
+            position = number * self.batch_size + place
             index, image = self._read(position, broken)
             rng = np.random.default_rng([self.seed, 1, position])
-            images.append(random_crop(image, self.crops, rng))
-            labels.append(self.dataset.labels[index])
-        return Batch([np.stack(images), np.stack(labels)], broken)
+            images[place] = random_crop(image, self.crops, rng)
+            labels[place] = self.dataset.labels[index]
+        return Batch([images, labels], broken)
 
     def _read(self, position: int, broken: List[str]) -> Tuple[int, np.ndarray]:
         count = len(self.dataset.labels)
