@@ -19,15 +19,15 @@ from google.protobuf import text_format
 from tqdm import tqdm
 
 import caffe_net
+import change_rates
 import definitions
-import gradients
 import guarded
 import rate_figure
 import rescale
 import results
 import weights
 from caffe_net import BlobStore, Layer, Statistics, Stop, WorkingNet
-from rescale import ChangeRates
+from change_rates import ChangeRates
 from scales import ScaleGraph
 
 log = logging.getLogger("magic_init")
@@ -258,60 +258,64 @@ class Calibration(NamedTuple):
     difference: Optional[float] = None
 
 
-def measure_in_turns(working: WorkingNet, measure: Callable[[int], ChangeRates], alpha: float,
-                     iterations: int,
-                     step: Callable[[], Any]) -> Tuple[Calibration, ChangeRates]:
-    """Algorithm 2 on a net from scratch: measure, rescale by alpha, measure again.
-
-    `measure(round)` takes another batch each round.  Ends when all layers' rates are within EQUAL,
-    or when only a step below SMALL is left: what that does, and what it does to rates that were
-    measured before, is known in closed form even where LRN layers are not quite homogeneous.
-    Returns also all rates that count, at the final scales.
-    """
-    before = measured = measure(0)
-    total = np.zeros(ScaleGraph(working).variables)
-    for number in range(1, iterations + 1):
-        graph, scales = rescale.solve_from_scratch(working, measured)
-        scales = alpha * scales
-        rescale.apply_to_weights(graph, scales)
-        total += scales
-        step()
-        measured = measured.rescaled(rescale.log_factors(graph, scales))
-        if number > 1 and np.abs(scales).max(initial=0) < SMALL:
-            break
-        measured = measure(number)
-        if rescale.spread(measured.by_layer()) < EQUAL:
-            break
-    return Calibration(before, measured, total), measured
-
-
 def between_layers(session: "Session", arguments: argparse.Namespace, loaded: bool,
                    output: str) -> Calibration:
     """Make all layers train at one rate and save the weights in `output`.
 
-    A net from scratch is measured and rescaled in turns.  One with loaded weights keeps its
-    function exactly, and so does one from scratch in which layers that are not homogeneous hold
-    the rates apart, so that it needs auxiliary Power layers.
+    A net with loaded weights keeps its function exactly.  One from scratch keeps its definition:
+    it is measured and rescaled in turns, unless layers hold its rates apart so that it needs
+    auxiliary Power layers, too.
     """
-    graph = ScaleGraph(session.working)
+    working = session.working
+    graph = ScaleGraph(working) if loaded else rescale.from_scratch(working)
+    unchanged = np.zeros(graph.variables)
     if not arguments.calibrate:
         rates = session.measure(graph, -1)
-        session.working.net.save(output)
-        return Calibration(rates, rates, np.zeros(graph.variables))
-    if loaded:
+        done = Calibration(rates, rates, unchanged)
+    elif loaded:
         rates = measure_enough(session, graph)
-        done = Calibration(rates, rates, np.zeros(graph.variables))
+        solution = rescale.solve(graph, rates, {scaled.layer.name for scaled in graph.affine})
+        return rescale_exactly(session, graph, solution, Calibration(rates, rates, unchanged),
+                               arguments.alpha, output)
     else:
-        with session.bar("between layers", arguments.iterations) as bar:
-            done, rates = measure_in_turns(
-                session.working, lambda turn: session.measure(graph, turn - 1), arguments.alpha,
-                arguments.iterations, bar.update)
-    may_divide = rescale.dividable(graph, outputs_too=loaded)
-    if not loaded and (not may_divide or rescale.spread(done.after.by_layer()) < rescale.GOAL):
-        session.working.net.save(output)
-        return done
-    exact = rescale_exactly(session, graph, rates, may_divide, arguments.alpha, output)
-    return exact._replace(before=done.before, log_scales=done.log_scales + exact.log_scales)
+        done, graph = measure_in_turns(session, graph, arguments)
+        inner = {scaled.layer.name for scaled in graph.affine
+                 if not set(scaled.layer.tops) & set(working.outputs)}
+        solution = rescale.solve(graph, done.after, inner)
+        if solution.auxiliary:
+            done = rescale_exactly(session, graph, solution, done, arguments.alpha, output)
+            return done._replace(difference=None)  # a net from scratch has no function to keep
+    working.net.save(output)
+    return done
+
+
+def measure_in_turns(session: "Session", graph: ScaleGraph,
+                     arguments: argparse.Namespace) -> Tuple[Calibration, ScaleGraph]:
+    """Algorithm 2 on a net from scratch: measure, rescale by alpha, measure another batch.
+
+    Between steps that LRN layers hardly notice everything is homogeneous: what was measured
+    before counts on, in closed form.  Ends when all layers' rates are within EQUAL or behind such
+    a step (but for the first).  Returns also the graph of the last step.
+    """
+    before = measured = session.measure(graph, -1)
+    total = np.zeros(graph.variables)
+    with session.bar("between layers", arguments.iterations) as bar:
+        for turn in range(arguments.iterations):
+            step = rescale.solve_from_scratch(session.working, measured)
+            scales = arguments.alpha * step.log_scales
+            rescale.apply_to_weights(step.graph, scales)
+            total += scales
+            graph = step.graph
+            bar.update()
+            measured = rescale.changed_rates(graph, measured, scales)
+            settled = arguments.alpha * step.at_response < SMALL
+            if turn and settled and arguments.alpha == 1:
+                break
+            another = session.measure(graph, turn, measured.shares())
+            measured = measured.joined(another) if settled else another
+            if change_rates.spread(measured.by_layer()) < EQUAL:
+                break
+    return Calibration(before, measured, total), graph
 
 
 def measure_enough(session: "Session", graph: ScaleGraph) -> ChangeRates:
@@ -320,30 +324,27 @@ def measure_enough(session: "Session", graph: ScaleGraph) -> ChangeRates:
     The batch held back for the check is left out where there is more than one.
     """
     batches = [batch for batch in range(session.batches) if batch != session.check] or [0]
-    rates: Optional[ChangeRates] = None
+    rates = session.measure(graph, batches[0])
     with session.bar("between layers", len(batches)) as bar:
-        for batch in batches:
-            draw = session.measure(graph, batch)
-            rates = draw if rates is None else rates.joined(draw)
-            bar.update()
+        for batch in batches[1:]:
             if rates.uncertainty() < UNCERTAIN:
                 break
-    assert rates is not None
+            rates = rates.joined(session.measure(graph, batch))
+            bar.update()
     return rates
 
 
-def rescale_exactly(session: "Session", graph: ScaleGraph, rates: ChangeRates,
-                    may_divide: Set[str], alpha: float, output: str) -> Calibration:
-    """Make change rates equal without changing the net's function; save weights in `output`.
+def rescale_exactly(session: "Session", graph: ScaleGraph, solution: rescale.Solution,
+                    so_far: Calibration, alpha: float, output: str) -> Calibration:
+    """Give blobs the scales of a solution without changing the function; save the weights.
 
-    Then the changed definition with the saved weights is run beside the old net on held-back
-    images, and its rates are measured on them.
+    Then the changed definition with the saved weights runs beside the old net on images held
+    back, where its rates are measured, too.
     """
     session.forward(session.check)
     held = session.working.hold()
     expected = {name: np.array(session.working.blob(name).data)
                 for name in session.working.outputs}
-    solution = rescale.solve(graph, rates, may_divide)
     solution = solution._replace(log_scales=alpha * solution.log_scales)
     rescale.apply_to_weights(graph, solution.log_scales)
     session.working.net.save(output)
@@ -355,9 +356,9 @@ def rescale_exactly(session: "Session", graph: ScaleGraph, rates: ChangeRates,
     rescaled.replay(held)
     difference = rescale.worst_difference(
         expected, {name: rescaled.blob(name).data for name in expected})
-    after = rescale.measure(ScaleGraph(rescaled), session.rng)
-    return Calibration(rates, after, solution.log_scales, definition if changes else None, changes,
-                       difference)
+    after = change_rates.measure(ScaleGraph(rescaled), session.rng)
+    return Calibration(so_far.before, after, so_far.log_scales + solution.log_scales,
+                       definition if changes else None, changes, difference)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -418,7 +419,7 @@ class Session:
     def build(self, definition: Any, with_images: bool) -> WorkingNet:
         working, image = definitions.working_definition(
             definition, self.size if with_images else None)
-        definitions.spare_weight_gradients(working, gradients.per_image)
+        definitions.spare_weight_gradients(working, change_rates.per_image)
         return WorkingNet(working, image)
 
     def put(self, batch: int) -> None:
@@ -432,7 +433,8 @@ class Session:
             self.put(batch)
         self.working.forward()
 
-    def measure(self, graph: ScaleGraph, turn: int) -> ChangeRates:
+    def measure(self, graph: ScaleGraph, turn: int,
+                shares: Optional[np.ndarray] = None) -> ChangeRates:
         """Return the change rates on a batch, of turn -1 on the one that the net holds.
 
         Squared gradients go with the energy E[z^2] of their layer's input (equation 4), which the
@@ -441,10 +443,10 @@ class Session:
         batch = turn % self.batches
         if turn >= 0:
             self.forward(batch)
-        rates = rescale.measure(graph, self.rng)
+        rates = change_rates.measure(graph, self.rng, shares)
         if self.feed is None and turn >= 0:
             return rates  # images that the walk has not seen
-        energies = [self.energy[scaled.layer.name] for scaled in rescale.owners(graph.affine)]
+        energies = [self.energy[scaled.layer.name] for scaled in graph.owners()]
         factors = [energy.mean() / energy[batch] if energy[batch] > 0 else 1.0
                    for energy in energies]
         return rates.weighted(np.array(factors))
@@ -494,7 +496,7 @@ def work(arguments: argparse.Namespace, paths: Sequence[str], output: str) -> Re
     graph = ScaleGraph(working)
     notes += ["layer type %s is not in the table of scales: its blobs keep theirs" % kind
               for kind in sorted(set(graph.unknown_types))]
-    names = [scaled.layer.name for scaled in rescale.owners(graph.affine)]
+    names = [scaled.layer.name for scaled in graph.owners()]
     return Result([_written(record, graph, found.log_scales) for record in records],
                   _pairs(names, found.before.by_layer(), found.after.by_layer()),
                   _pairs(names, found.before.variation(), found.after.variation()),
@@ -707,7 +709,7 @@ def _table(found: Result) -> List[str]:
 def _spreads(found: Result) -> Tuple[float, float]:
     """The largest over the smallest change rate, before and after."""
     rates = np.array(list(found.rates.values()))
-    return rescale.spread(rates[:, 0]), rescale.spread(rates[:, 1])
+    return change_rates.spread(rates[:, 0]), change_rates.spread(rates[:, 1])
 
 
 def _report(found: Result, arguments: argparse.Namespace) -> Dict[str, Any]:

@@ -9,151 +9,24 @@ point of Algorithm 2, r_k = (C_k / C)^(1/2), reached at once.
 
     python magic_init.py models/caffenet_tiny/deploy.prototxt out.caffemodel -d 'photos/*' -cs
 """
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set
 
 import numpy as np
 import scipy.linalg
 import scipy.optimize
+from threadpoolctl import threadpool_limits
 
-import gradients
-from caffe_net import WorkingNet, address, affine_view, sum_of_squares
-from scales import AffineScales, Form, ScaleGraph, plus
+from caffe_net import WorkingNet, address, affine_view
+from change_rates import ChangeRates, spread
+from scales import Form, ScaleGraph, plus
 
 # Layers' rates within this factor need no auxiliary Power layer.
 GOAL = 1.2
 # How much the blocks of one layer count against the means of layers in `solve`; measured in
 # models/README.md.
 BLOCK_WEIGHT = 0.1
-# Random numbers that a measurement of change rates draws at least.
-LOSSES = 8000
-
-
-class ChangeRates:
-    """Squared gradients and weights of all (layer, input block) pairs of a net.
-
-    `layer` (pairs,) tells a pair's affine layer, `size` (pairs,) counts its weights, `weights`
-    (pairs,) is their sum of squares; `gradients` and `fourths` (draws, pairs) are the moments of
-    gradients.Moments, a row for each batch measured.
-    """
-
-    def __init__(self, layer: np.ndarray, size: np.ndarray, weights: np.ndarray,
-                 gradients: np.ndarray, fourths: np.ndarray) -> None:
-        self.layer = layer
-        self.size = size
-        self.weights = weights
-        self.gradients = gradients
-        self.fourths = fourths
-
-    def rescaled(self, log_factors: np.ndarray) -> "ChangeRates":
-        """Rates of the same images after weight blocks became W / exp(log_factors) (pairs,)."""
-        factor = np.exp(2 * log_factors)
-        return ChangeRates(self.layer, self.size, self.weights / factor, self.gradients * factor,
-                           self.fourths * factor ** 2)
-
-    def weighted(self, factors: np.ndarray) -> "ChangeRates":
-        """Rates whose squared gradients count `factors` (layers,) times."""
-        factor = factors[self.layer]
-        return ChangeRates(self.layer, self.size, self.weights, self.gradients * factor,
-                           self.fourths * factor ** 2)
-
-    def joined(self, other: "ChangeRates") -> "ChangeRates":
-        """These rates with the draws of `other`, measured at the same scales."""
-        return ChangeRates(self.layer, self.size, self.weights,
-                           np.concatenate([self.gradients, other.gradients]),
-                           np.concatenate([self.fourths, other.fourths]))
-
-    def by_layer(self) -> np.ndarray:
-        """Return C_k = sqrt(E[g^2] / mean(W_k^2)) (layers,), equation 2; NaN without weights."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.sqrt(self._sum(self.gradients.mean(axis=0)) / self._sum(self.weights))
-
-    def by_pair(self) -> np.ndarray:
-        """Return the same for each pair by itself (pairs,)."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.sqrt(self.gradients.mean(axis=0) / self.weights)
-
-    def variation(self) -> np.ndarray:
-        """Return the coefficient of variation of C_kij^2 over a layer's weights (layers,).
-
-        Equation 2 and figure 1b: std over mean, from the fourth moments of each draw.
-        """
-        size = self._sum(self.size.astype(np.float64))
-        fourth = np.array([self._sum(draw) for draw in self.fourths]) / size
-        second = np.array([self._sum(draw) for draw in self.gradients]) / size
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = fourth.sum(axis=0) / (second ** 2).sum(axis=0)
-        return np.sqrt(np.maximum(ratio - 1, 0))
-
-    def uncertainty(self) -> float:
-        """Return the largest standard error of the layers' log rates over draws.
-
-        A factor common to all layers does not count; infinite for a single draw.
-        """
-        draws = len(self.gradients)
-        if draws < 2:
-            return np.inf
-        with np.errstate(divide="ignore"):
-            logs = np.log([self._sum(draw) for draw in self.gradients]) / 2
-        logs = logs[:, np.isfinite(logs).all(axis=0)]
-        if not logs.size:
-            return 0.0
-        logs -= logs.mean(axis=1, keepdims=True)
-        return float(logs.std(axis=0, ddof=1).max() / np.sqrt(draws))
-
-    def _sum(self, values: np.ndarray) -> np.ndarray:
-        return np.bincount(self.layer, values)
-
-
-def spread(rates: np.ndarray) -> float:
-    """Return max / min of the rates that are positive and finite, 1 where there are none."""
-    live = rates[np.isfinite(rates) & (rates > 0)]
-    return float(live.max() / live.min()) if len(live) else 1.0
-
-
-def owners(affine: Sequence[AffineScales]) -> List[AffineScales]:
-    """Return the affine layers that hold weights of their own: the first of those that share."""
-    first: Dict[int, AffineScales] = {}
-    for scaled in affine:
-        first.setdefault(address(scaled.layer.blobs[0]), scaled)
-    return list(first.values())
-
-
-# ---------------------------------------------------------------------------------------------
-# Measuring (equations 1 and 2)
-# ---------------------------------------------------------------------------------------------
-
-def measure(graph: ScaleGraph, rng: np.random.Generator) -> ChangeRates:
-    """Run a backward pass from what the net's blobs hold and return the change rates, one draw.
-
-    Every image gets its own random loss eta ~ N(0, I) at every output.  Where outputs are few, the
-    mean over several passes is taken, until LOSSES random numbers were drawn.
-    """
-    working = graph.working
-    size = sum(working.blob(name).data.size for name in working.outputs)
-    passes = -(-LOSSES // size)
-    second, fourth = sum(_one_pass(graph, rng) for _ in range(passes)) / passes
-    pairs = [(number, affine_view(scaled.layer, scaled.layer.weights, scaled.in_channels)[
-        block.groups, :, block.inputs]) for number, scaled in enumerate(owners(graph.affine))
-        for block in scaled.blocks]
-    return ChangeRates(np.array([number for number, _ in pairs]),
-                       np.array([part.size for _, part in pairs]),
-                       np.array([sum_of_squares(part) for _, part in pairs]),
-                       second[None], fourth[None])
-
-
-def _one_pass(graph: ScaleGraph, rng: np.random.Generator) -> np.ndarray:
-    """Second and fourth moments (2, pairs) of the weight gradients of one backward pass."""
-    working = graph.working
-    for name in working.outputs:
-        diff = working.blob(name).diff
-        diff[...] = rng.standard_normal(diff.shape, dtype=np.float32)
-    for scaled in graph.affine:
-        if not gradients.per_image(scaled.layer.parameters):
-            scaled.layer.blobs[0].diff[...] = 0  # Caffe adds to what is there
-    working.net._backward(len(working.layers) - 1, 0)
-    found = [gradients.moments(scaled, working) for scaled in owners(graph.affine)]
-    return np.array([np.concatenate([one.second for one in found]),
-                     np.concatenate([one.fourth for one in found])])
+# How much a log scale of an output that may move counts against a layer's log rate in `solve`.
+OUTPUT_WEIGHT = 0.01
 
 
 # ---------------------------------------------------------------------------------------------
@@ -171,9 +44,9 @@ def value(form: Form, log_scales: np.ndarray) -> float:
     return float(sum(factor * log_scales[variable] for variable, factor in form.items()))
 
 
-def log_factors(graph: ScaleGraph, log_scales: np.ndarray) -> np.ndarray:
-    """Return log(s_in / s_w) of every pair (pairs,), as `ChangeRates.rescaled` takes it."""
-    return _differences(graph) @ log_scales
+def changed_rates(graph: ScaleGraph, rates: ChangeRates, log_scales: np.ndarray) -> ChangeRates:
+    """Return what rates become with log scales (variables,), in closed form."""
+    return rates.rescaled(_differences(graph) @ log_scales, _outputs(graph) @ log_scales)
 
 
 def solve(graph: ScaleGraph, rates: ChangeRates, may_divide: Set[str]) -> Solution:
@@ -184,18 +57,22 @@ def solve(graph: ScaleGraph, rates: ChangeRates, may_divide: Set[str]) -> Soluti
     another layer of `may_divide` gets an auxiliary Power layer behind it (section 3.2), the one
     that helps most.
     """
-    problem = _Problem(graph, rates)
+    with threadpool_limits(1, user_api="blas"):  # for small matrices OpenBLAS's threads are slow
+        return _solved(_Problem(graph, rates), may_divide)
+
+
+def _solved(problem: "_Problem", may_divide: Set[str]) -> Solution:
     auxiliary: List[str] = []
-    log_scales = problem.minimise(auxiliary)
+    log_scales = problem.minimise(auxiliary, np.zeros(problem.graph.variables))
     while problem.spread(log_scales) > GOAL:
         tried = [(problem.cost(one), name, one) for name in sorted(may_divide - set(auxiliary))
-                 for one in [problem.minimise(auxiliary + [name])]]
+                 for one in [problem.minimise(auxiliary + [name], log_scales, steps=3)]]
         best = min(tried, key=lambda row: row[:2], default=None)
         if best is None or best[0] > 0.99 * problem.cost(log_scales):
             break
         auxiliary.append(best[1])
-        log_scales = best[2]
-    return Solution(problem.refined(log_scales, auxiliary), auxiliary)
+        log_scales = problem.minimise(auxiliary, best[2])
+    return Solution(log_scales, auxiliary)
 
 
 class ResponseGain:
@@ -214,6 +91,11 @@ class ResponseGain:
                 energy = np.square(blob).mean(axis=1, dtype=np.float64)
                 self._bottoms[layer.name] = layer.bottoms[0]
                 self._gains[layer.name] = _log_gain(layer.parameters.lrn_param, energy)
+
+    def largest_change(self, graph: ScaleGraph, log_scales: np.ndarray) -> float:
+        """Return the largest log scale that a layer's bottom gets, 0 without such layers."""
+        return max((abs(value(graph.blobs[bottom][0][1], log_scales))
+                    for bottom in self._bottoms.values()), default=0.0)
 
     def degrees(self, graph: Optional[ScaleGraph] = None,
                 log_scales: Optional[np.ndarray] = None) -> Dict[str, float]:
@@ -234,71 +116,100 @@ def _log_gain(parameters: Any, energy: np.ndarray) -> Callable[[float], float]:
     return log_gain
 
 
-def solve_from_scratch(working: WorkingNet, rates: ChangeRates) -> Tuple[ScaleGraph, np.ndarray]:
-    """Return the log scales that make the rates most equal in a net whose LRN layers stay.
+class Step(NamedTuple):
+    """Log scales from scratch, the graph they are for, and the largest one that LRN layers see."""
+    graph: ScaleGraph
+    log_scales: np.ndarray
+    at_response: float
 
-    Their degree depends on the scales: it is found in turns with these, for the graph returned.
+
+def solve_from_scratch(working: WorkingNet, rates: ChangeRates) -> Step:
+    """Return the log scales that make the rates most equal in a net whose definition stays.
+
+    LRN layers have a degree that depends on the scales: it is found in turns with these.  Of
+    several outputs each may get a scale of its own, as near to 1 as it can be.
     """
     gain = ResponseGain(working)
     degrees = gain.degrees()
-    graph = ScaleGraph(working, degrees)
+    graph = from_scratch(working, degrees)
     log_scales = solve(graph, rates, set()).log_scales
     while degrees:
         before, degrees = degrees, gain.degrees(graph, log_scales)
-        graph = ScaleGraph(working, degrees)
+        graph = from_scratch(working, degrees)
         log_scales = solve(graph, rates, set()).log_scales
         if max(abs(degrees[name] - before[name]) for name in degrees) < 1e-3:
             break
-    return graph, log_scales
+    return Step(graph, log_scales, gain.largest_change(graph, log_scales))
+
+
+def from_scratch(working: WorkingNet, degrees: Optional[Dict[str, float]] = None) -> ScaleGraph:
+    """Return the scales that a net without a function to keep may have."""
+    return ScaleGraph(working, degrees or {}, free_outputs=len(working.outputs) > 1)
 
 
 class _Problem:
-    """Least squares in the free log scales x: log C_kj = log C_kj(0) + 2 (D x)_kj - level."""
+    """Nonlinear least squares in the free log scales x, nearly linear: of a pair's weights,
+    log C_kj = log C_kj(0) + 2 (D x)_kj, D x = log(s_in / s_w), plus the log scale of outputs.
+    """
 
     def __init__(self, graph: ScaleGraph, rates: ChangeRates) -> None:
         self.graph = graph
         self.rates = rates
         self.differences = _differences(graph)
+        self.outputs = _outputs(graph)
         by_pair = rates.by_pair()
         self.live = np.isfinite(by_pair) & (by_pair > 0)
-        self.logs = np.log(np.where(self.live, by_pair, 1.0))
-        share = rates.size / np.bincount(rates.layer, rates.size)[rates.layer]
-        self.root = np.sqrt(np.where(self.live, share, 0.0))
+        self.live_layers = rates.sum(self.live) > 0
+        share = rates.size / rates.sum(rates.size)[rates.layer]
+        self.root = np.sqrt(np.where(self.live, BLOCK_WEIGHT * share, 0.0))
 
-    def minimise(self, auxiliary: Sequence[str]) -> np.ndarray:
-        """The minimum over pairs, each layer's sharing its weight 1: linear least squares."""
-        basis = self._free_directions(auxiliary)
-        matrix = np.column_stack([2 * self.differences @ basis, -np.ones(len(self.logs))])
-        if not len(self.logs) or not basis.shape[1]:
-            return np.zeros(self.graph.variables)
-        found = np.linalg.lstsq(matrix * self.root[:, None], -self.logs * self.root, rcond=1e-10)[0]
-        return basis @ found[:-1]
-
-    def refined(self, log_scales: np.ndarray, auxiliary: Sequence[str]) -> np.ndarray:
-        """The minimum over layers' means, from the minimum over pairs."""
+    def minimise(self, auxiliary: Sequence[str], start: np.ndarray, steps: int = 50) -> np.ndarray:
+        """Return the log scales of least cost with Power layers behind `auxiliary`."""
         basis = self._free_directions(auxiliary)
         if not basis.shape[1] or not self.live.any():
-            return log_scales
-        start = basis.T @ log_scales
+            return np.zeros(self.graph.variables)
         found = scipy.optimize.least_squares(
-            lambda free: self._residuals(basis @ free), start, x_scale=1.0, max_nfev=50)
+            lambda free: self._residuals(basis @ free), basis.T @ start,
+            lambda free: self._jacobian(basis @ free) @ basis, max_nfev=steps)
         return basis @ found.x
 
     def cost(self, log_scales: np.ndarray) -> float:
         return float((self._residuals(log_scales) ** 2).sum())
 
     def spread(self, log_scales: np.ndarray) -> float:
-        return spread(self.rates.rescaled(self.differences @ log_scales).by_layer())
+        return spread(self._rates(log_scales).by_layer())
+
+    def _rates(self, log_scales: np.ndarray) -> ChangeRates:
+        return self.rates.rescaled(self.differences @ log_scales, self.outputs @ log_scales)
 
     def _residuals(self, log_scales: np.ndarray) -> np.ndarray:
-        moved = self.differences @ log_scales
-        by_layer = self.rates.rescaled(moved).by_layer()
-        live = np.isfinite(by_layer) & (by_layer > 0)
-        layers = np.log(np.where(live, by_layer, 1.0))
-        level = layers[live].mean() if live.any() else 0.0
-        pairs = self.logs + 2 * moved - layers[self.rates.layer]
-        return np.concatenate([np.where(live, layers - level, 0.0),
-                               np.sqrt(BLOCK_WEIGHT) * self.root * pairs])
+        """Layers' log rates less their mean, pairs' less their layer's, outputs' log scales."""
+        rates = self._rates(log_scales)
+        layers = np.log(np.where(self.live_layers, rates.by_layer(), 1.0))
+        pairs = np.log(np.where(self.live, rates.by_pair(), 1.0)) - layers[rates.layer]
+        level = layers[self.live_layers].mean()
+        return np.concatenate([np.where(self.live_layers, layers - level, 0.0), self.root * pairs,
+                               np.sqrt(OUTPUT_WEIGHT) * (self.outputs @ log_scales)])
+
+    def _jacobian(self, log_scales: np.ndarray) -> np.ndarray:
+        """Derivatives of the residuals: pairs count in a layer by their share of its squares."""
+        rates = self._rates(log_scales)
+        squares = rates.gradients.mean(axis=0)  # (outputs, pairs)
+        total = squares.sum(axis=0)
+        from_output = np.divide(squares, total, out=np.zeros_like(squares), where=total > 0)
+        pairs = 2 * self.differences + from_output.T @ self.outputs
+        layers = np.zeros((len(self.live_layers), pairs.shape[1]))
+        for share, change in ((total, self.differences + from_output.T @ self.outputs),
+                              (rates.weights, self.differences)):
+            whole = rates.sum(share)[rates.layer]
+            share = np.divide(share, whole, out=np.zeros_like(whole), where=whole > 0)
+            np.add.at(layers, rates.layer, share[:, None] * change)
+        layers[~self.live_layers] = 0
+        pairs -= layers[rates.layer]
+        level = layers[self.live_layers].mean(axis=0)
+        return np.concatenate([np.where(self.live_layers[:, None], layers - level, 0.0),
+                               self.root[:, None] * pairs,
+                               np.sqrt(OUTPUT_WEIGHT) * self.outputs])
 
     def _free_directions(self, auxiliary: Sequence[str]) -> np.ndarray:
         """An orthonormal basis (variables, free) of log scales that keep the function."""
@@ -316,13 +227,24 @@ class _Problem:
 def _differences(graph: ScaleGraph) -> np.ndarray:
     """The matrix (pairs, variables) of log(s_in / s_w) in the free log scales."""
     rows = []
-    for scaled in owners(graph.affine):
+    for scaled in graph.owners():
         for block in scaled.blocks:
             row = np.zeros(graph.variables)
             for variable, factor in plus(block.scale_in, scaled.weight_scale, -1.0).items():
                 row[variable] = factor
             rows.append(row)
     return np.array(rows)
+
+
+def _outputs(graph: ScaleGraph) -> np.ndarray:
+    """The matrix (outputs, variables) of the outputs' log scales: zeros where these are kept."""
+    if not graph.free_outputs:
+        return np.zeros((1, graph.variables))
+    rows = np.zeros((len(graph.working.outputs), graph.variables))
+    for row, name in zip(rows, graph.working.outputs):
+        for variable, factor in graph.blobs[name][0][1].items():
+            row[variable] = factor
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -392,11 +314,13 @@ def _add_power(definition: Any, name: str, scale: float) -> List[str]:
     position = next(number for number, layer in enumerate(layers) if layer.name == name)
     powers = []
     for number, top in enumerate(layers[position].top):
-        suffix = "_%d" % number if number else ""
-        power = type(layers[position])(name=name + "_rescale" + suffix, type="Power",
-                                       bottom=[top + "_unscaled"], top=[top])
+        below = top + "_unscaled"
+        for layer in layers[:position + 1]:  # in-place layers share the blob's name
+            for names in (layer.bottom, layer.top):
+                names[:] = [below if one == top else one for one in names]
+        power = type(layers[position])(name=name + "_rescale" + ("_%d" % number if number else ""),
+                                       type="Power", bottom=[below], top=[top])
         power.power_param.scale = scale
-        layers[position].top[number] = top + "_unscaled"
         powers.append(power)
     changed = layers[:position + 1] + powers + layers[position + 1:]
     copies = [type(layer).FromString(layer.SerializeToString()) for layer in changed]
@@ -405,20 +329,6 @@ def _add_power(definition: Any, name: str, scale: float) -> List[str]:
     return ["layer '%s': new Power layer '%s' behind it multiplies by %.6g, so that its weights "
             "can have the scale that gives them their rate" % (name, power.name, scale)
             for power in powers]
-
-
-def dividable(graph: ScaleGraph, outputs_too: bool) -> Set[str]:
-    """Return the affine layers behind which a Power layer may stand.
-
-    With `outputs_too` all; else those whose top a layer that is not homogeneous keeps at scale 1.
-    """
-    return {scaled.layer.name for scaled in graph.affine
-            if outputs_too or _kept_by_layer(graph, scaled)}
-
-
-def _kept_by_layer(graph: ScaleGraph, scaled: AffineScales) -> bool:
-    return any(graph.pinned_by.get(variable, "the output").startswith("layer")
-               for variable in scaled.scale_out)
 
 
 def worst_difference(expected: Dict[str, np.ndarray], found: Dict[str, np.ndarray]) -> float:

@@ -52,15 +52,18 @@ def plus(first: Form, second: Form, factor: float = 1.0) -> Form:
 class ScaleGraph:
     """The free log scales of a net and the equations between them.
 
-    With `degrees`, LRN layers stay as they are and have that degree (name: d, f(s x) = s^d f(x)).
+    With `degrees`, LRN layers stay as they are and have that degree (name: d, f(s x) = s^d f(x));
+    with `free_outputs`, outputs may change their scale.
     `affine` lists the layers with weights, `adjusted` what else changes with scales, by layer:
     LRN (alpha / s^2), BatchNorm (mean * s, variance and eps * s^2), Bias and Scale with two
     bottoms (b * s).
     """
 
-    def __init__(self, working: WorkingNet, degrees: Optional[Dict[str, float]] = None) -> None:
+    def __init__(self, working: WorkingNet, degrees: Optional[Dict[str, float]] = None,
+                 free_outputs: bool = False) -> None:
         self.working = working
         self.degrees = degrees or {}
+        self.free_outputs = free_outputs
         self.variables = 0
         self.equations: List[Form] = []
         self.affine: List[AffineScales] = []
@@ -71,7 +74,10 @@ class ScaleGraph:
         for layer in working.layers:
             self._add(layer)
         for name in working.outputs:
-            self.pin(self.blobs[name], "the output '%s'" % name)
+            if free_outputs:
+                self.unify(self.blobs[name])
+            else:
+                self.pin(self.blobs[name], "the output '%s'" % name)
         self._tie_shared_weights()
 
     def _add(self, layer: Layer) -> None:
@@ -117,6 +123,13 @@ class ScaleGraph:
         for _, form in blocks[1:]:
             self.equal(form, blocks[0][1])
         return blocks[0][1]
+
+    def owners(self) -> List[AffineScales]:
+        """Return the affine layers with weights of their own: the first of those that share."""
+        first: Dict[int, AffineScales] = {}
+        for scaled in self.affine:
+            first.setdefault(address(scaled.layer.blobs[0]), scaled)
+        return list(first.values())
 
     def _tie_shared_weights(self) -> None:
         first: Dict[int, AffineScales] = {}

@@ -34,7 +34,7 @@ setup(
     description="Data-dependent initialization of Caffe networks",
     license="BSD-2-Clause",
     python_requires=">=3.8",
-    py_modules=["magic_init", "weights", "rescale", "gradients", "scales", "caffe_net",
+    py_modules=["magic_init", "weights", "rescale", "change_rates", "scales", "caffe_net",
                 "definitions", "guarded", "results", "rate_figure", "image_database"],
     install_requires=[
         "numpy>=1.19,<2",

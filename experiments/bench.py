@@ -6,6 +6,7 @@ F is the time of one Caffe forward of as many images as the command takes (160 i
 measured in the same run.  Change rates (paper, equation 2) are measured on other photographs.
 """
 import argparse
+import functools
 import logging
 import os
 import sys
@@ -16,10 +17,9 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 import numpy as np
 
 import caffe_net
+import change_rates
 import definitions
-import gradients
 import guarded
-import rescale
 import results
 from caffe_net import WorkingNet
 from scales import ScaleGraph
@@ -120,8 +120,9 @@ def forward_seconds(net: str, data: str) -> float:
     for layer in measured.affine:
         layer.weights[...] = rng.standard_normal(layer.weights.shape, np.float32) \
             / np.sqrt(layer.weights[0].size)
-    feed = caffe_net.ImageFeed(caffe_net.find_images(data)[:16], measured.image.shape, MEAN, 1.0)
-    feed.load(0, measured.blob(measured.image.blob).data)
+    assert image is not None
+    feed = caffe_net.ImageFeed(caffe_net.find_images(data)[:16], image.shape, MEAN, 1.0)
+    feed.load(0, measured.blob(image.blob).data)
     measured.forward()
     started = time.perf_counter()
     for _ in range(10):
@@ -132,18 +133,18 @@ def forward_seconds(net: str, data: str) -> float:
 def unseen_spread(net: str, weights: str, data: str) -> float:
     """Largest over smallest change rate of the layers on other images; in a child process."""
     working, image = definitions.working_definition(definitions.read_definition(net), 10)
-    definitions.spare_weight_gradients(working, gradients.per_image)
+    definitions.spare_weight_gradients(working, change_rates.per_image)
     measured = WorkingNet(working, image)
     measured.net.copy_from(weights)
-    feed = caffe_net.ImageFeed(caffe_net.find_images(data), measured.image.shape, MEAN, 1.0)
+    assert image is not None
+    feed = caffe_net.ImageFeed(caffe_net.find_images(data), image.shape, MEAN, 1.0)
     graph, rng = ScaleGraph(measured), np.random.default_rng(0)
-    rates: Optional[rescale.ChangeRates] = None
+    draws = []
     for batch in range(feed.batches):
-        feed.load(batch, measured.blob(measured.image.blob).data)
+        feed.load(batch, measured.blob(image.blob).data)
         measured.forward()
-        draw = rescale.measure(graph, rng)
-        rates = draw if rates is None else rates.joined(draw)
-    return rescale.spread(rates.by_layer())
+        draws.append(change_rates.measure(graph, rng))
+    return change_rates.spread(functools.reduce(change_rates.ChangeRates.joined, draws).by_layer())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,319 @@
+"""Change rates (paper, equations 1 and 2) from the gradients of single images.
+
+C_k, the change rate of layer k, is the root of the mean squared gradient over the mean squared
+weight, for a random linear loss eta on every output of every image.
+
+Caffe sums the weight gradients of a batch.  Its expected square is right when every image has its
+own random loss, but the products of different images' gradients make it noisy: of convolutions and
+fully connected layers we therefore compute each image's own weight gradient from the blobs, as a
+matrix product of the layer's input and the gradient at its output.  Caffe's backward pass is
+spared that work (`definitions.spare_weight_gradients`).
+
+    python magic_init.py models/caffenet_tiny/deploy.prototxt out.caffemodel -d 'photos/*' -cs
+"""
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Optional, Sequence
+
+import numpy as np
+
+from caffe_net import Geometry, WorkingNet, affine_view, geometry, sum_of_squares
+from scales import AffineScales, ScaleGraph
+
+# Random numbers eta that a measurement draws at least.
+LOSSES = 2000
+# Numbers that are unrolled for a matrix product in one go, 32 MB.
+PART = 1 << 23
+
+
+class ChangeRates:
+    """Squared gradients and weights of all (layer, input block) pairs of a net.
+
+    `layer` (pairs,) tells a pair's affine layer, `size` (pairs,) counts its weights, `weights`
+    (pairs,) is their sum of squares.  `gradients` (images, outputs, pairs) are sums over a pair's
+    weights of g^2, g an image's gradient of the loss on one output; outputs have independent
+    losses, so that their squares add up.  `products` (draws, pairs), for each batch measured, are
+    sums over weights of the mean of g_n^2 g_m^2 over different images n and m.
+    """
+
+    def __init__(self, layer: np.ndarray, size: np.ndarray, weights: np.ndarray,
+                 gradients: np.ndarray, products: np.ndarray) -> None:
+        self.layer = layer
+        self.size = size
+        self.weights = weights
+        self.gradients = gradients
+        self.products = products
+
+    def rescaled(self, log_factors: np.ndarray, log_outputs: Any = 0.0) -> "ChangeRates":
+        """Rates of the same images when weight blocks become W / exp(log_factors) (pairs,).
+
+        Outputs that become exp(log_outputs) (outputs,) times what they were keep their loss, so
+        the gradients that come from them grow alike.
+        """
+        factor = np.exp(2 * log_factors)
+        output = np.exp(2 * np.asarray(log_outputs)).reshape(-1, 1)
+        return self._changed(self.weights / factor, self.gradients * factor * output)
+
+    def weighted(self, factors: np.ndarray) -> "ChangeRates":
+        """Rates whose squared gradients count `factors` (layers,) times."""
+        return self._changed(self.weights, self.gradients * factors[self.layer])
+
+    def _changed(self, weights: np.ndarray, gradients: np.ndarray) -> "ChangeRates":
+        """Other squares, with the variation within each pair as it was."""
+        before, after = self._squares(), gradients.mean(axis=0).sum(axis=0)
+        ratio = np.divide(after, before, out=np.zeros_like(after), where=before > 0)
+        return ChangeRates(self.layer, self.size, weights, gradients, self.products * ratio ** 2)
+
+    def joined(self, other: "ChangeRates") -> "ChangeRates":
+        """These rates with the images of `other`, measured at the same scales."""
+        return ChangeRates(self.layer, self.size, self.weights,
+                           np.concatenate([self.gradients, other.gradients]),
+                           np.concatenate([self.products, other.products]))
+
+    def by_layer(self) -> np.ndarray:
+        """Return C_k = sqrt(E[g^2] / mean(W_k^2)) (layers,), equation 2; NaN without weights."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.sqrt(self.sum(self._squares()) / self.sum(self.weights))
+
+    def by_pair(self) -> np.ndarray:
+        """Return the same for each pair by itself (pairs,)."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.sqrt(self._squares() / self.weights)
+
+    def variation(self) -> np.ndarray:
+        """Return the coefficient of variation of C_kij^2 over a layer's weights (layers,).
+
+        Equation 2 and figure 1b: std over mean of E[g^2].  Products of different images' squares
+        estimate squares of means without bias.
+        """
+        size = self.sum(self.size.astype(np.float64))
+        fourth = self.sum(self.products.mean(axis=0)) / size
+        images = len(self.gradients)
+        means = self._by_image() / size
+        second = np.square(means.sum(axis=0))
+        if images > 1:
+            second = (second - np.square(means).sum(axis=0)) * (images / (images - 1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.sqrt(np.maximum(fourth / (second / images ** 2) - 1, 0))
+
+    def uncertainty(self) -> float:
+        """Return the largest standard error, over images, of the layers' log rates.
+
+        What is common to all layers does not count; infinite for a single image.
+        """
+        images = self._by_image()
+        if len(images) < 2:
+            return np.inf
+        means = images.mean(axis=0)
+        relative = images[:, means > 0] / means[means > 0]
+        if not relative.size:
+            return 0.0
+        relative -= relative.mean(axis=1, keepdims=True)
+        return float(relative.std(axis=0, ddof=1).max() / np.sqrt(len(images))) / 2
+
+    def _by_image(self) -> np.ndarray:
+        """Sums of g^2 (images, layers)."""
+        return np.array([self.sum(image) for image in self.gradients.sum(axis=1)])
+
+    def shares(self) -> np.ndarray:
+        """Return the share of each output in the squared gradients (outputs, pairs)."""
+        squares = self.gradients.mean(axis=0)
+        total = squares.sum(axis=0)
+        return np.divide(squares, total, out=np.full_like(squares, 1 / len(squares)),
+                         where=total > 0)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Return the sums of values (pairs,) over each layer's blocks (layers,)."""
+        return np.bincount(self.layer, values)
+
+    def _squares(self) -> np.ndarray:
+        """Sums over weights of E[g^2] (pairs,)."""
+        return self.gradients.mean(axis=0).sum(axis=0)
+
+
+def spread(rates: np.ndarray) -> float:
+    """Return max / min of the rates that are positive and finite, 1 where there are none."""
+    live = rates[np.isfinite(rates) & (rates > 0)]
+    return float(live.max() / live.min()) if len(live) else 1.0
+
+
+# ---------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------
+
+def measure(graph: ScaleGraph, rng: np.random.Generator,
+            shares: Optional[np.ndarray] = None) -> ChangeRates:
+    """Run backward passes from what the net's blobs hold and return the change rates.
+
+    Every image gets its own random loss eta ~ N(0, I) at every output.  Where outputs are few, the
+    mean over several passes is taken, until LOSSES random numbers were drawn.  Outputs that may
+    be rescaled get passes of their own, unless their `shares` (outputs, pairs) are known.
+    """
+    working = graph.working
+    size = sum(working.blob(name).data.size for name in working.outputs)
+    passes = range(-(-LOSSES // size))
+    found = mean_moments([_one_pass(graph, working.outputs, rng) for _ in passes])
+    gradients = found.squares[:, None]
+    if shares is not None:
+        gradients = gradients * shares
+    elif graph.free_outputs:
+        gradients = np.stack([
+            mean_moments([_one_pass(graph, [name], rng) for _ in passes]).squares
+            for name in working.outputs], axis=1)
+    pairs = [(number, affine_view(scaled.layer, scaled.layer.weights, scaled.in_channels)[
+        block.groups, :, block.inputs]) for number, scaled in enumerate(graph.owners())
+        for block in scaled.blocks]
+    return ChangeRates(np.array([number for number, _ in pairs]),
+                       np.array([part.size for _, part in pairs]),
+                       np.array([sum_of_squares(part) for _, part in pairs]),
+                       gradients, found.products[None])
+
+
+class Moments(NamedTuple):
+    """Moments of weight gradients g_n of images n, per input block of a layer.
+
+    `squares` (images, blocks) are sums over weights of g_n^2, `products` (blocks,) those of the
+    mean of g_n^2 g_m^2 over different images.
+    """
+    squares: np.ndarray
+    products: np.ndarray
+
+
+def mean_moments(passes: Sequence[Moments]) -> Moments:
+    """Return the mean of moments over passes."""
+    return Moments(np.mean([one.squares for one in passes], axis=0),
+                   np.mean([one.products for one in passes], axis=0))
+
+
+def _one_pass(graph: ScaleGraph, names: Sequence[str], rng: np.random.Generator) -> Moments:
+    """Moments of all pairs from one backward pass, with losses on some outputs."""
+    working = graph.working
+    for name in working.outputs:
+        diff = working.blob(name).diff
+        diff[...] = rng.standard_normal(diff.shape, dtype=np.float32) if name in names else 0
+    for scaled in graph.affine:
+        if not per_image(scaled.layer.parameters):
+            scaled.layer.blobs[0].diff[...] = 0  # Caffe adds to what is there
+    working.net._backward(len(working.layers) - 1, 0)
+    found = [moments(scaled, working) for scaled in graph.owners()]
+    return Moments(np.concatenate([one.squares for one in found], axis=1),
+                   np.concatenate([one.products for one in found]))
+
+
+def per_image(layer: Any) -> bool:
+    """Whether the gradients of a layer (its message) are computed image by image.
+
+    Those of other affine layers, of layers with several bottoms and of shared weights are Caffe's
+    sum over a batch.
+    """
+    if len(layer.bottom) != 1 or any(parameter.name for parameter in layer.param):
+        return False
+    if layer.type == "InnerProduct":
+        return layer.inner_product_param.axis == 1
+    return layer.type == "Convolution" and layer.convolution_param.axis == 1
+
+
+def moments(scaled: AffineScales, working: WorkingNet) -> Moments:
+    """Return the moments of a layer's weight gradients after a backward pass of one batch."""
+    layer = scaled.layer
+    bottom, top = working.blob(layer.bottoms[0]).data, working.blob(layer.tops[0]).diff
+    images = len(top)
+    if not per_image(layer.parameters):
+        return _of_sum(scaled, images)
+    peak = float(np.abs(top).max())
+    if peak == 0 or not np.isfinite(peak):
+        return Moments(np.full((images, len(scaled.blocks)), peak),
+                       np.full(len(scaled.blocks), peak))
+    find = _of_products if layer.type == "InnerProduct" else _of_convolution
+    found = find(scaled, bottom, top * np.float32(1 / peak))  # squares would underflow
+    return Moments(found.squares * peak ** 2, found.products * peak ** 4)
+
+
+def _of_products(scaled: AffineScales, bottom: np.ndarray, top: np.ndarray) -> Moments:
+    """Fully connected: g_n = y_n x_n^T, whose moments are products of those of y and x."""
+    images = len(bottom)
+    rows = bottom.reshape(images, scaled.in_channels, -1)
+    errors = top.reshape(images, -1).astype(np.float64) ** 2
+    gram = errors @ errors.T
+    squares, products = [], []
+    for block in scaled.blocks:
+        inputs = rows[:, block.inputs].reshape(images, -1).astype(np.float64) ** 2
+        square = gram * (inputs @ inputs.T)
+        squares.append(errors.sum(axis=1) * inputs.sum(axis=1))
+        products.append(_between_images(square.sum(), np.trace(square), images))
+    return Moments(np.array(squares).T, np.array(products))
+
+
+def _of_convolution(scaled: AffineScales, bottom: np.ndarray, top: np.ndarray) -> Moments:
+    """Convolution: g_n = y_n im2col(x_n)^T, summed over positions; images go in parts."""
+    shape = geometry(scaled.layer)
+    assert shape is not None
+    groups = scaled.layer.parameters.convolution_param.group
+    images, outputs = top.shape[:2]
+    kernel = int(np.prod(shape.kernel))
+    layout = (groups, outputs // groups, scaled.in_channels // groups, kernel)
+    places = top[0, 0].size
+    part = max(1, PART // (scaled.in_channels * kernel * places))
+
+    def squares_of(first: int) -> np.ndarray:
+        columns = im2col(bottom[first:first + part], shape)
+        columns = columns.reshape(len(columns), groups, -1, places)
+        errors = top[first:first + part].reshape(len(columns), groups, -1, places)
+        squares = errors @ columns.transpose(0, 1, 3, 2)
+        squares *= squares
+        return squares.reshape((len(columns),) + layout)
+
+    total = np.zeros(layout, np.float32)
+    sums, fourths = [], []
+    with ThreadPoolExecutor(2) as pool:
+        for squares in pool.map(squares_of, range(0, images, part)):
+            total += squares.sum(axis=0)
+            for image in squares:
+                parts = [image[block.groups, :, block.inputs] for block in scaled.blocks]
+                sums.append([float(one.sum(dtype=np.float64)) for one in parts])
+                fourths.append([_squared(one) for one in parts])
+    products = [_between_images(_squared(total[block.groups, :, block.inputs]), fourth, images)
+                for block, fourth in zip(scaled.blocks, np.sum(fourths, axis=0))]
+    return Moments(np.array(sums), np.array(products))
+
+
+def _between_images(of_sum: float, of_each: float, images: int) -> float:
+    """The mean of q_n q_m over n != m from (sum q_n)^2 and sum q_n^2; q Gaussian for one image."""
+    if images == 1:
+        return of_sum / 3
+    return (of_sum - of_each) / (images * (images - 1))
+
+
+def _of_sum(scaled: AffineScales, images: int) -> Moments:
+    """Other layers: Caffe's gradient g summed over a batch, as if all images had equal parts.
+
+    Losses are independent, so E[g^2] is the sum of the images'; g is Gaussian: E[g^4] = 3 E[g^2]^2.
+    """
+    diff = affine_view(scaled.layer, scaled.layer.blobs[0].diff, scaled.in_channels)
+    parts = [diff[block.groups, :, block.inputs].astype(np.float64) ** 2
+             for block in scaled.blocks]
+    squares = np.array([part.sum() for part in parts]) / images
+    return Moments(np.tile(squares, (images, 1)),
+                   np.array([(part ** 2).sum() for part in parts]) / 3 / images ** 2)
+
+
+def im2col(images: np.ndarray, shape: Geometry) -> np.ndarray:
+    """Return what a convolution multiplies its weights with: (n, channels * kernel, positions).
+
+    `images` are (n, channels, height, width) or have any other number of spatial axes.
+    """
+    if any(shape.pad):
+        images = np.pad(images, [(0, 0), (0, 0)] + [(pad, pad) for pad in shape.pad])
+    places = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation
+              in zip(images.shape[2:], shape.kernel, shape.stride, shape.dilation)]
+    steps = images.strides[2:]
+    view = np.lib.stride_tricks.as_strided(
+        images, images.shape[:2] + shape.kernel + tuple(places),
+        images.strides[:2] + tuple(step * one for step, one in zip(steps, shape.dilation))
+        + tuple(step * one for step, one in zip(steps, shape.stride)), writeable=False)
+    return view.reshape(len(images), -1, int(np.prod(places)))
+
+
+def _squared(array: np.ndarray) -> float:
+    """The sum of squares; BLAS adds up many partial sums, which float32 can hold."""
+    flat = array.reshape(-1)
+    return float(np.dot(flat, flat))
