@@ -1,5 +1,5 @@
-# make demo: initialise CaffeNet from photographs; make test: all tests.  Everything is
-# installed into .venv and written below build/.
+# make demo: initialise CaffeNet from photographs; make test: all tests; make bench: speed, memory
+# and quality.  Everything is installed into .venv and written below build/.
 
 # Caffe's CPU wheel needs CPython 3.9 or 3.8; the shims that pyenv puts on PATH may not run.
 WORKING = import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 9), (3, 8)))
@@ -16,7 +16,8 @@ RUN = .venv/bin/python
 venv: .venv/installed
 
 .venv/installed: setup.py Makefile
-	@if [ -n "$(PYTHON)" ]; then "$(PYTHON)" -m venv --clear .venv; \
+	@if .venv/bin/python -c "$(WORKING)" 2>/dev/null; then :; \
+	elif [ -n "$(PYTHON)" ]; then "$(PYTHON)" -m venv --clear .venv; \
 	elif command -v uv >/dev/null; then uv venv --seed --clear --python 3.9 .venv; \
 	else echo "magic_init: error: install CPython 3.9 or 3.8 (pyenv, conda or your system's" \
 	  "packages) or uv, or name one: make PYTHON=/path/to/python3.9" >&2; exit 2; fi
@@ -29,6 +30,22 @@ test: venv
 lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+demo: venv
+	$(RUN) data/photographs.py build/photographs
+	$(RUN) magic_init.py models/caffenet/deploy.prototxt build/caffenet.caffemodel \
+	  --data 'build/photographs/*' --type kmeans --calibrate \
+	  --report build/caffenet.json --figure build/caffenet.png
+	@echo "look at build/caffenet.png"
+
+# other photographs: make bench PHOTOS='init/*' MEASURE='others/*'
+PHOTOS ?= build/photographs/*
+MEASURE ?= build/photographs_to_measure/*
+
+bench: venv
+	$(RUN) data/photographs.py build/photographs
+	$(RUN) data/photographs.py build/photographs_to_measure --count 60 --seed 1
+	$(RUN) experiments/bench.py --data '$(PHOTOS)' --measure '$(MEASURE)' --out build/bench.json
 
 clean:
 	rm -rf build .venv *.egg-info
