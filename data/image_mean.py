@@ -26,7 +26,7 @@ AHEAD = 256  # records that are decoded before they are added
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Write the mean of the database that the command line names; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = guarded.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("lmdb", metavar="LMDB", help="folder of a database of images of one size")
     parser.add_argument("out", metavar="OUT.binaryproto", help="file for Caffe's mean_file")
     guarded.log_to_stderr()

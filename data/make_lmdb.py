@@ -44,7 +44,7 @@ class Entry(NamedTuple):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Make or check the database that the command line names; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = guarded.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("list", metavar="LIST", help="text file of lines 'path label'")
     parser.add_argument("out", metavar="OUT.lmdb", help="folder of the database")
     parser.add_argument("--root", metavar="DIR", default="",

@@ -37,7 +37,7 @@ Runs = Dict[str, List[List[Dict[str, float]]]]  # the rows of every trial's curv
 
 def command(figure: str, about: str, argv: Optional[Sequence[str]] = None) -> int:
     """Draw the figure that a command line asks for; return the exit status."""
-    parser = argparse.ArgumentParser(prog="%s.py" % figure, description=about)
+    parser = guarded.Parser(prog="%s.py" % figure, description=about)
     parser.add_argument("out", metavar="OUT.png", help="figure; OUT.json gets its numbers")
     parser.add_argument("folders", metavar="OUTDIR", nargs="+",
                         help="folder of a run of train_imagenet.py")

@@ -40,7 +40,7 @@ class Neighbours(NamedTuple):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Find and show the neighbours that the command line asks for; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = guarded.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("net", metavar="NET.prototxt", help="definition of all models")
     parser.add_argument("weights", metavar="WEIGHTS.caffemodel", nargs="+", help="a model each")
     parser.add_argument("--queries", metavar="LIST", required=True,
@@ -70,8 +70,7 @@ def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
     names = model_names(arguments.weights)
     os.makedirs(arguments.out, exist_ok=True)
     gpu = choose_device(arguments.cpu, arguments.gpu)
-    report: Dict[str, Any] = {**results.provenance(None, argv), "layer": arguments.layer,
-                              "models": {}}
+    models = {}
     for name, weights in zip(names, arguments.weights):
         source = FeatureNet(arguments.net, weights, arguments.layer, arguments.batch_size,
                             arguments.mean, arguments.workers, gpu)
@@ -79,9 +78,10 @@ def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
                               os.path.join(arguments.out, "features"))
         rows = described(queries, pool, found)
         neighbour_pages.write(arguments.out, name, rows)
-        report["models"][name] = {"weights": weights, "queries": rows}
+        models[name] = {"weights": weights, "queries": rows}
         log.info("%s: %s", name, os.path.join(arguments.out, name + ".html"))
-    results.write_json(os.path.join(arguments.out, "neighbours.json"), report)
+    results.write_json(os.path.join(arguments.out, "neighbours.json"), {
+        **results.provenance(None, argv), "layer": arguments.layer, "models": models})
 
 
 def read_paths(path: str, root: str) -> List[str]:

@@ -78,7 +78,7 @@ class Trial(NamedTuple):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train all cases and draw them; return the exit status."""
-    parser = argparse.ArgumentParser(prog="small_curves.py", description=__doc__.splitlines()[0])
+    parser = guarded.Parser(prog="small_curves.py", description=__doc__.splitlines()[0])
     parser.add_argument("--data", metavar="FILE.npz", required=True,
                         help="train_images and test_images, uint8 (n, 32, 32, 3) in RGB; "
                              "train_labels and test_labels (n), 0..9")

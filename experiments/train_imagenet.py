@@ -192,8 +192,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train_imagenet.py",
-                                     description=__doc__.splitlines()[0])
+    parser = guarded.Parser(prog="train_imagenet.py",
+                            description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("net", metavar="NET", help="definition: deploy or train_val, any dialect")
     add("weights", metavar="WEIGHTS", help="caffemodel to start from, or 'none' for the fillers "

@@ -95,29 +95,29 @@ def test_models_are_called_like_their_files_or_their_folders_too():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A net, a caffemodel, nine images of 12 x 12 pixels and lists of them."""
+    """A net, a caffemodel, nine images of 12 x 12 pixels, a broken one, and lists of them."""
     path = tmp_path_factory.mktemp("neighbours")
     (path / "net.prototxt").write_text(NET)
     rng = np.random.default_rng(3)
     names = ["image %d.png" % number for number in range(9)]
     for name in names:
         cv2.imwrite(str(path / name), rng.integers(0, 256, (12, 12, 3)).astype(np.uint8))
-    (path / "pool.txt").write_text("".join("%s 1\n" % name for name in names))
+    (path / "broken.png").write_bytes(b"no image")
+    (path / "pool.txt").write_text("".join("%s 1\n" % name for name in ["broken.png", *names]))
     (path / "queries.txt").write_text("image 0.png\nimage 4.png\n")
-    guarded.in_child(_save_weights, str(path / "net.prototxt"), str(path / "w.caffemodel"))
+    images = [cv2.imread(str(path / name)) for name in names]
+    rows = guarded.in_child(_save_and_forward, str(path / "net.prototxt"),
+                            str(path / "w.caffemodel"), images)
+    np.save(str(path / "expected.npy"), rows)
     return path
 
 
-def _save_weights(net, path):
+def _save_and_forward(net, weights, images):
+    """Save random weights; return the whole net's blob 'fc' for images one at a time."""
     caffe = definitions.import_caffe()
     caffe.set_random_seed(5)
-    caffe.Net(net, caffe.TEST).save(path)
-
-
-def _forward(net, weights, images):
-    """What the whole net's blob 'fc' holds for images (n, 12, 12, 3), one at a time."""
-    caffe = definitions.import_caffe()
-    built = caffe.Net(net, weights, caffe.TEST)
+    built = caffe.Net(net, caffe.TEST)
+    built.save(weights)
     rows = []
     for image in images:
         built.blobs["data"].data[...] = image.astype(np.float32).transpose(2, 0, 1) - np.reshape(
@@ -127,6 +127,19 @@ def _forward(net, weights, images):
     return np.array(rows)
 
 
+@pytest.fixture
+def children(monkeypatch):
+    """Run what runs in a child here, where nothing can abort; list the first parts computed."""
+    calls = []
+
+    def here(function, *arguments):
+        calls.append(arguments[-1])
+        return function(*arguments)
+
+    monkeypatch.setattr(features.guarded, "in_child", here)
+    return calls
+
+
 def command(folder, *options):
     return nearest_neighbours.main([
         str(folder / "net.prototxt"), str(folder / "w.caffemodel"), "--root", str(folder),
@@ -134,12 +147,11 @@ def command(folder, *options):
         "--layer", "fc", "-k", "3", "--cpu", "--workers", "0", "--batch-size", "4", *options])
 
 
-def test_the_command_finds_what_caffes_features_say_and_shows_it(folder):
+def test_the_command_finds_what_caffes_features_say_and_shows_it(folder, capfd):
     out = folder / "out"
     assert command(folder, "--out", str(out)) == 0
-    images = [cv2.imread(str(folder / ("image %d.png" % number))) for number in range(9)]
-    rows = guarded.in_child(_forward, str(folder / "net.prototxt"), str(folder / "w.caffemodel"),
-                            images)
+    assert "broken.png" in capfd.readouterr().err  # and it is nobody's neighbour
+    rows = np.load(str(folder / "expected.npy"))
     assert (rows == 0).any()  # behind the ReLU
     report = results.read_json(str(out / "neighbours.json"))["models"]["w"]["queries"]
     for query, row in zip((0, 4), report):
@@ -164,15 +176,9 @@ def _check_page(out, report):
     assert montage.shape == (2 * 96 + 4, 4 * 100 + 4, 3)
 
 
-def test_features_are_computed_once_and_a_killed_run_goes_on_at_its_part(folder, monkeypatch):
+def test_features_are_computed_once_and_a_killed_run_goes_on_at_its_part(
+        folder, monkeypatch, children):
     monkeypatch.setattr(features, "PART_ROWS", 4)
-    in_child, calls = guarded.in_child, []
-
-    def counted(function, *arguments):
-        calls.append(arguments[-1])
-        return in_child(function, *arguments)
-
-    monkeypatch.setattr(features.guarded, "in_child", counted)
     source = features.FeatureNet(str(folder / "net.prototxt"), str(folder / "w.caffemodel"), "fc",
                                  batch_size=4, workers=0)
     images = [str(folder / ("image %d.png" % number)) for number in range(9)]
@@ -180,38 +186,35 @@ def test_features_are_computed_once_and_a_killed_run_goes_on_at_its_part(folder,
     first = [np.array(part) for part in features.cached_features(source, images, cache)]
     assert [part.shape for part in first] == [(4, 6), (4, 6), (1, 6)]
     features.cached_features(source, images, cache)
-    assert calls == [0]
+    assert children == [0]
     (key,) = os.listdir(cache)
     for number in (1, 2):
         os.unlink(os.path.join(cache, key, "part_%05d.npy" % number))
     again = features.cached_features(source, images, cache)
-    assert calls == [0, 1]
+    assert children == [0, 1]
     for part, before in zip(again, first):
         np.testing.assert_array_equal(part, before)
     features.cached_features(source, images[:8], cache)
     features.cached_features(source._replace(layer="last"), images, cache)
-    assert calls == [0, 1, 0, 0]  # another list and another layer are other features
+    assert children == [0, 1, 0, 0]  # another list and another layer are other features
 
 
-def test_a_broken_image_of_the_pool_is_named_and_left_out(folder, tmp_path, capfd):
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    pool = tmp_path / "pool.txt"
-    pool.write_text("%s\nimage 1.png\nimage 2.png\nimage 3.png\n" % (tmp_path / "broken.png"))
-    assert command(folder, "--out", str(tmp_path / "out"), "--pool", str(pool)) == 0
-    assert "broken.png" in capfd.readouterr().err
-    report = results.read_json(str(tmp_path / "out" / "neighbours.json"))["models"]["w"]
-    assert all("broken" not in found["image"] for row in report["queries"]
-               for found in row["neighbours"])
+def test_a_query_that_is_broken_is_an_error(folder, tmp_path, children, capsys):
+    (tmp_path / "queries.txt").write_text("broken.png\n")
+    assert command(folder, "--out", str(tmp_path / "out"), "--queries",
+                   str(tmp_path / "queries.txt")) == 2
+    assert "broken.png: this query has no feature" in capsys.readouterr().err
 
 
-def test_a_layer_that_is_not_there_is_an_error_naming_those_that_are(folder, tmp_path, capsys):
+def test_a_layer_that_is_not_there_is_an_error_naming_those_that_are(
+        folder, tmp_path, children, capsys):
     assert command(folder, "--out", str(tmp_path), "--layer", "fc7") == 2
     error = capsys.readouterr().err
     assert "no blob 'fc7'" in error
     assert "conv, fc, last" in error
 
 
-def test_weights_without_one_of_the_layers_are_an_error(folder, tmp_path, capsys):
+def test_weights_without_one_of_the_layers_are_an_error(folder, tmp_path, children, capsys):
     (tmp_path / "net.prototxt").write_text(NET.replace('name: "fc"', 'name: "other"'))
     assert nearest_neighbours.main([
         str(tmp_path / "net.prototxt"), str(folder / "w.caffemodel"), "--root", str(folder),

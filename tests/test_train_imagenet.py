@@ -151,12 +151,12 @@ def test_nan_stops_with_the_iteration_and_one_line(data, tmp_path, capsys):
     assert "iteration 2" in error
 
 
-def test_a_label_beyond_the_classes_is_named(data, tmp_path, capsys):
+def test_a_label_beyond_the_classes_is_named(tmp_path):
     image_database.write_database(str(tmp_path / "train.lmdb"), [
         (np.zeros((3, 8, 8), np.uint8), label) for label in [7] * 20])
-    assert train_imagenet.main(options(data, tmp_path / "out", "--train",
-                                       str(tmp_path / "train.lmdb"))) == 2
-    assert "has the label 7, there are 3 classes" in capsys.readouterr().err
+    images = lmdb_images.LmdbImages(str(tmp_path / "train.lmdb"), 3)
+    with pytest.raises(ValueError, match="has the label 7, there are 3 classes"):
+        ImageBatches(images, Crops(8, 8), 6, seed=1)(0)
 
 
 # ---------------------------------------------------------------------------------------------
