@@ -18,16 +18,19 @@ import numpy as np
 from google.protobuf import text_format
 from tqdm import tqdm
 
+import argument_types
 import caffe_net
 import change_rates
 import definitions
 import guarded
-import rate_figure
+import report
 import rescale
 import results
 import weights
+from argument_types import count, finite, fraction, natural
 from caffe_net import BlobStore, Layer, Statistics, Stop, WorkingNet
 from change_rates import ChangeRates
+from report import LayerRecord, Result
 from scales import ScaleGraph
 
 log = logging.getLogger("magic_init")
@@ -48,17 +51,6 @@ SMALL = 0.1
 # A rescaled net's outputs may differ by this part of their std.
 TOLERANCE = 1e-3
 PATCH_BYTES = 1 << 29
-
-
-class LayerRecord(NamedTuple):
-    """What was done to one layer, and its output over all images (of the written net)."""
-    name: str
-    type: str
-    weights: str
-    size: int
-    mean: float
-    std: float
-    dead: int
 
 
 # ---------------------------------------------------------------------------------------------
@@ -365,25 +357,6 @@ def rescale_exactly(session: "Session", graph: ScaleGraph, solution: rescale.Sol
 # The whole of it
 # ---------------------------------------------------------------------------------------------
 
-class Result(NamedTuple):
-    """What the child process has found, for the parent to show and write.
-
-    `rates` and `variations` are (before, after) pairs by layer; `definition` is the text of the
-    changed definition, None where it stays as it is; `difference` compares the outputs of the net
-    before and after, over their std, on held-back images.
-    """
-    records: List[LayerRecord]
-    rates: Dict[str, Tuple[float, float]]
-    variations: Dict[str, Tuple[float, float]]
-    images: int
-    notes: List[str]
-    changes: List[str]
-    definition: Any
-    difference: Optional[float]
-    seconds: Dict[str, float]
-    provenance: Dict[str, Any]
-
-
 class Session:
     """A net at work: what it measures on, which images it sees, and the seconds that phases took.
 
@@ -581,9 +554,27 @@ def run(arguments: argparse.Namespace) -> None:
     found.seconds["in all"] = time.perf_counter() - started
     _tell(found, arguments, beside)
     if arguments.report:
-        results.write_json(arguments.report, _report(found, arguments))
+        results.write_json(arguments.report, report.as_json(found, arguments))
     if arguments.figure:
-        _draw(found, arguments)
+        report.draw(found, arguments)
+
+
+def _tell(found: Result, arguments: argparse.Namespace, beside: str) -> None:
+    """Print the table of layers, and log what else a user should know."""
+    for note in found.notes + found.changes:
+        log.info("%s", note)
+    if not arguments.quiet:
+        print("\n".join(report.table(found)))
+    if found.difference is not None:
+        log.info("on images held back, outputs differ by %.2g of their std from before",
+                 found.difference)
+    written = [arguments.output]
+    if found.definition is not None:
+        written.append(beside)
+    elif os.path.exists(beside):
+        log.warning("%s is from another run: this one needs no changed definition", beside)
+    log.info("wrote %s from %d images in %.1f s", " and ".join(written), found.images,
+             found.seconds["in all"])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -598,57 +589,29 @@ def _parser() -> argparse.ArgumentParser:
         "initialised")
     add("-t", "--type", default="gaussian", help="weights: %s (default: gaussian)"
         % ", ".join(TYPES))
-    add("-b", "--bias", type=_number, default=0.1, help="mean beta of outputs (default: 0.1)")
+    add("-b", "--bias", type=finite, default=0.1, help="mean beta of outputs (default: 0.1)")
     add("-cs", "--calibrate", action="store_true", help="make all layers train at one rate")
     add("--no-within", dest="within", action="store_false", help="leave weights as drawn, "
         "without unit variance within layers; Gaussian ones have std %g then" % UNSCALED_STD)
     add("-z", "--zero", action="store_true", help="initialise loaded layers, too")
-    add("-s", "--scale", type=_number, default=1.0, help="factor on images after the mean is "
+    add("-s", "--scale", type=finite, default=1.0, help="factor on images after the mean is "
         "subtracted (default: 1)")
-    add("--mean", type=_number, nargs=3, metavar=("B", "G", "R"), default=[104.0, 117.0, 123.0],
+    add("--mean", type=finite, nargs=3, metavar=("B", "G", "R"), default=[104.0, 117.0, 123.0],
         help="mean colour to subtract (default: 104 117 123)")
-    add("-bs", "--batch-size", type=_count, default=16, help="images a batch (default: 16)")
-    add("-nit", "--batches", type=_count, default=10, help="batches to use (default: 10)")
-    add("--alpha", type=_damping, default=1.0, help="damping of a between-layer step, above 0 to "
+    add("-bs", "--batch-size", type=count, default=16, help="images a batch (default: 16)")
+    add("-nit", "--batches", type=count, default=10, help="batches to use (default: 10)")
+    add("--alpha", type=fraction, default=1.0, help="damping of a between-layer step, above 0 to "
         "1; the paper takes 0.25 and 10 iterations (default: 1)")
-    add("--iterations", type=_count, default=10, help="between-layer steps at most (default: 10)")
-    add("--mem-limit", type=_count, default=3000, metavar="MB", help="memory for blobs of all "
+    add("--iterations", type=count, default=10, help="between-layer steps at most (default: 10)")
+    add("--mem-limit", type=count, default=3000, metavar="MB", help="memory for blobs of all "
         "images; what exceeds it goes to a temporary file (default: 3000)")
-    add("--seed", type=_seed, default=0, help="seed of all random numbers (default: 0)")
-    device = parser.add_mutually_exclusive_group()
-    device.add_argument("--cpu", action="store_true", help="compute on the CPU")
-    device.add_argument("--gpu", type=_seed, metavar="ID", help="compute on this GPU (default: "
-                        "GPU 0 where this Caffe can, else the CPU)")
+    add("--seed", type=natural, default=0, help="seed of all random numbers (default: 0)")
+    argument_types.add_device(parser)
     add("-q", "--quiet", action="store_true", help="only warnings, errors and no table")
     add("--force", action="store_true", help="write a rescaled net whose outputs differ")
     add("--report", metavar="FILE", help="JSON file for everything that was measured")
     add("--figure", metavar="FILE", help="PNG file for the paper's figure 1 of this net")
     return parser
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not np.isfinite(value) or abs(value) > 1e6:
-        raise argparse.ArgumentTypeError("%s is not a number from -1e6 to 1e6" % text)
-    return value
-
-
-def _count(text: str) -> int:
-    if not 1 <= int(text) <= 10 ** 6:
-        raise argparse.ArgumentTypeError("%s is not a whole number from 1 to 1,000,000" % text)
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not 0 <= int(text) < 2 ** 31:
-        raise argparse.ArgumentTypeError("%s is not a whole number from 0 to 2^31 - 1" % text)
-    return int(text)
-
-
-def _damping(text: str) -> float:
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError("%s is not a number above 0 up to 1" % text)
-    return float(text)
 
 
 def _check_paths(arguments: argparse.Namespace, beside: str) -> None:
@@ -666,77 +629,6 @@ def _check_paths(arguments: argparse.Namespace, beside: str) -> None:
     if os.path.exists(beside) and os.path.samefile(beside, arguments.prototxt):
         raise ValueError("%s would be overwritten if the definition has to change: give OUTPUT "
                          "another name" % beside)
-
-
-# ---------------------------------------------------------------------------------------------
-# What a person sees
-# ---------------------------------------------------------------------------------------------
-
-def _tell(found: Result, arguments: argparse.Namespace, beside: str) -> None:
-    """Print the table of layers, and log what else a user should know."""
-    for note in found.notes + found.changes:
-        log.info("%s", note)
-    if not arguments.quiet:
-        print("\n".join(_table(found)))
-    if found.difference is not None:
-        log.info("on images held back, outputs differ by %.2g of their std from before",
-                 found.difference)
-    written = [arguments.output]
-    if found.definition is not None:
-        written.append(beside)
-    elif os.path.exists(beside):
-        log.warning("%s is from another run: this one needs no changed definition", beside)
-    log.info("wrote %s from %d images in %.1f s", " and ".join(written), found.images,
-             found.seconds["in all"])
-
-
-def _table(found: Result) -> List[str]:
-    """The lines of the change-rate table: what layers got, and equations 2's rates."""
-    width = max([len(record.name) for record in found.records] + [5])
-    kinds = max([len(record.weights) for record in found.records] + [7])
-    form = "%%-%ds  %%-%ds %%9s %%9s %%11s %%11s %%9s" % (width, kinds)
-    lines = [form % ("layer", "weights", "mean", "std", "rate before", "rate after", "variation")]
-    for record in found.records:
-        rates, variation = found.rates.get(record.name), found.variations.get(record.name)
-        cells = ["%.3g" % number for number in (record.mean, record.std)]
-        cells += ["%.4g" % rate for rate in rates] if rates else ["", ""]
-        lines.append(form % (record.name, record.weights, *cells,
-                             "%.3g" % variation[1] if variation else ""))
-    lines.append("largest over smallest rate: %.4g before, %.4g after" % _spreads(found))
-    return lines
-
-
-def _spreads(found: Result) -> Tuple[float, float]:
-    """The largest over the smallest change rate, before and after."""
-    rates = np.array(list(found.rates.values()))
-    return change_rates.spread(rates[:, 0]), change_rates.spread(rates[:, 1])
-
-
-def _report(found: Result, arguments: argparse.Namespace) -> Dict[str, Any]:
-    """Everything that was measured, and what is needed to measure it again."""
-    layers = []
-    for record in found.records:
-        layer = record._asdict()
-        for key, pairs in (("rate", found.rates), ("variation", found.variations)):
-            before, after = pairs.get(record.name, (None, None))
-            layer.update({key + "_before": before, key + "_after": after})
-        layers.append(layer)
-    spread_before, spread_after = _spreads(found)
-    return {**found.provenance, "definition": arguments.prototxt, "output": arguments.output,
-            "type": arguments.type, "bias": arguments.bias, "images": found.images,
-            "layers": layers, "spread_before": spread_before, "spread_after": spread_after,
-            "changes": found.changes, "notes": found.notes, "output_difference": found.difference,
-            "seconds": found.seconds}
-
-
-def _draw(found: Result, arguments: argparse.Namespace) -> None:
-    """Figure 1 of the paper for this net."""
-    names = list(found.rates)
-    labels = ("before", "after") if arguments.calibrate else ("as initialised",)
-    series = [{label: [pairs[name][number] for name in names]
-               for number, label in enumerate(labels)}
-              for pairs in (found.rates, found.variations)]
-    rate_figure.draw(arguments.figure, os.path.basename(arguments.output), names, *series)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ setup(
     license="BSD-2-Clause",
     python_requires=">=3.8",
     py_modules=["magic_init", "weights", "rescale", "change_rates", "scales", "caffe_net",
-                "definitions", "guarded", "results", "rate_figure", "image_database"],
+                "definitions", "guarded", "results", "report",
+                "argument_types", "rate_figure", "image_database"],
     install_requires=[
         "numpy>=1.19,<2",
         "scipy>=1.5,<1.14",

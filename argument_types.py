@@ -1,4 +1,4 @@
-"""Numbers and devices on the command lines of the experiments, checked where they are typed.
+"""Numbers and devices on command lines, checked where they are typed.
 
     import argument_types
     parser.add_argument("--iterations", type=argument_types.count, default=80000)
@@ -27,6 +27,25 @@ def positive(text: str) -> float:
         number = 0.0
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError("'%s' is not a positive number" % text)
+    return number
+
+
+def finite(text: str) -> float:
+    """Return a number from -1e6 to 1e6."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not abs(number) <= 1e6:
+        raise argparse.ArgumentTypeError("'%s' is not a number from -1e6 to 1e6" % text)
+    return number
+
+
+def fraction(text: str) -> float:
+    """Return a number above 0 up to 1."""
+    number = positive(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError("'%s' is above 1" % text)
     return number
 
 
