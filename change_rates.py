@@ -219,7 +219,7 @@ def moments(scaled: AffineScales, working: WorkingNet) -> Moments:
     images = len(top)
     if not per_image(layer.parameters):
         return _of_sum(scaled, images)
-    peak = float(np.abs(top).max())
+    peak = largest(top)
     if peak == 0 or not np.isfinite(peak):
         return Moments(np.full((images, len(scaled.blocks)), peak),
                        np.full(len(scaled.blocks), peak))
@@ -253,9 +253,10 @@ def _of_convolution(scaled: AffineScales, bottom: np.ndarray, top: np.ndarray) -
     layout = (groups, outputs // groups, scaled.in_channels // groups, kernel)
     places = top[0, 0].size
     part = max(1, PART // (scaled.in_channels * kernel * places))
+    size = largest(bottom) or 1.0  # fourth powers of what is far from 1 are beyond float32
 
     def squares_of(first: int) -> np.ndarray:
-        columns = im2col(bottom[first:first + part], shape)
+        columns = im2col(bottom[first:first + part] * np.float32(1 / size), shape)
         columns = columns.reshape(len(columns), groups, -1, places)
         errors = top[first:first + part].reshape(len(columns), groups, -1, places)
         squares = errors @ columns.transpose(0, 1, 3, 2)
@@ -273,7 +274,7 @@ def _of_convolution(scaled: AffineScales, bottom: np.ndarray, top: np.ndarray) -
                 fourths.append([_squared(one) for one in parts])
     products = [_between_images(_squared(total[block.groups, :, block.inputs]), fourth, images)
                 for block, fourth in zip(scaled.blocks, np.sum(fourths, axis=0))]
-    return Moments(np.array(sums), np.array(products))
+    return Moments(np.array(sums) * size ** 2, np.array(products) * size ** 4)
 
 
 def _between_images(of_sum: float, of_each: float, images: int) -> float:
@@ -311,6 +312,11 @@ def im2col(images: np.ndarray, shape: Geometry) -> np.ndarray:
         images.strides[:2] + tuple(step * one for step, one in zip(steps, shape.dilation))
         + tuple(step * one for step, one in zip(steps, shape.stride)), writeable=False)
     return view.reshape(len(images), -1, int(np.prod(places)))
+
+
+def largest(array: np.ndarray) -> float:
+    """The largest absolute value."""
+    return float(max(array.max(), -array.min()))
 
 
 def _squared(array: np.ndarray) -> float:
