@@ -83,6 +83,8 @@ def definitions() -> Dict[str, str]:
         "caffenet_cifar_nolrn/deploy.prototxt": definition(
             "CaffeNet_CIFAR_noLRN", ABOUT_CIFAR_NOLRN,
             deploy(caffenet(CAFFENET_CIFAR, lrn=False), side=32)),
+        "caffenet_cifar_half/deploy.prototxt": definition(
+            "CaffeNet_CIFAR_half", ABOUT_CIFAR_HALF, deploy(caffenet(CAFFENET_CIFAR_HALF), side=32)),
         "googlenet/deploy.prototxt": definition(
             "GoogleNet", ABOUT_GOOGLENET, deploy(googlenet(), side=224)),
         "googlenet/train_val.prototxt": definition(
@@ -188,6 +190,23 @@ CAFFENET_CIFAR = [
     Row("conv4", 64, 3, 1, 1, 2, 0.03, 1),
     Row("conv5", 64, 3, 1, 1, 2, 0.03, 1),
     Row("fc6", 128, 0, 1, 0, 1, 0.04, 1),
+    Row("fc7", 128, 0, 1, 0, 1, 0.04, 1),
+    Row("fc8", 10, 0, 1, 0, 1, 0.08, 0),
+]
+
+ABOUT_CIFAR_HALF = """\
+caffenet_cifar with half as many channels in its convolutions, for studies of many short trainings.
+Fillers have caffenet_cifar's standard deviation times the root of its fan-in over this one's, so
+that activations spread alike.  109,642 parameters.
+"""
+CAFFENET_CIFAR_HALF = [
+    # name, outputs, kernel, stride, pad, group, std, bias
+    Row("conv1", 16, 5, 1, 2, 1, 0.01, 0),
+    Row("conv2", 32, 5, 1, 2, 2, 0.035, 1),
+    Row("conv3", 32, 3, 1, 1, 1, 0.042, 0),
+    Row("conv4", 32, 3, 1, 1, 2, 0.042, 1),
+    Row("conv5", 32, 3, 1, 1, 2, 0.042, 1),
+    Row("fc6", 128, 0, 1, 0, 1, 0.057, 1),
     Row("fc7", 128, 0, 1, 0, 1, 0.04, 1),
     Row("fc8", 10, 0, 1, 0, 1, 0.08, 0),
 ]
