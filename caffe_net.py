@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import cv2
 import numpy as np
 
-from definitions import SOURCES, Input, build, import_caffe, outputs
+from definitions import Input, build, import_caffe, outputs
 from guarded import ChildDied, in_child
 
 # Layers z = W x + b whose weights train; Scale with one bottom is one weight a channel.
@@ -95,6 +95,7 @@ class WorkingNet:
         self.outputs = outputs(definition.layer)
         self.layers = self._read_layers()
         self.affine = [layer for layer in self.layers if is_affine(layer)]
+        self._passed_back = False
 
     def _read_layers(self) -> List[Layer]:
         net, own = self.net, list(self.definition.layer)
@@ -119,18 +120,32 @@ class WorkingNet:
 
     def forward(self) -> None:
         """Run the whole net; one with data layers of its own reads its next batch."""
+        self._passed_back = False
         self.net._forward(0, len(self.layers) - 1)
 
     def compute(self) -> None:
-        """Run all layers but the data layers, from what these hold."""
+        """Run all layers but those that feed the net, from what these hold."""
+        self._passed_back = False
         for layer in self.layers:
-            if layer.type not in SOURCES:
+            if layer.bottoms:
                 self.net._forward(layer.position, layer.position)
+
+    def backward(self) -> None:
+        """Pass the gradients that outputs hold back to all weights.
+
+        Scale layers that work in place overwrite the copy of their input in this: a second pass
+        from the same blobs has to compute it again.
+        """
+        if self._passed_back and any(layer.type == "Scale" and layer.bottoms[0] in layer.tops
+                                     for layer in self.layers):
+            self.compute()
+        self._passed_back = True
+        self.net._backward(len(self.layers) - 1, 0)
 
     def hold(self) -> Dict[str, np.ndarray]:
         """Return copies of what the input and data layers hold, for `replay`."""
         return {top: np.array(self.blob(top).data) for layer in self.layers
-                if layer.type in SOURCES for top in layer.tops}
+                if not layer.bottoms for top in layer.tops}
 
     def replay(self, held: Dict[str, np.ndarray]) -> None:
         """Run the net on what another one of the same inputs held."""

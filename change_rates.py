@@ -193,7 +193,7 @@ def _one_pass(graph: ScaleGraph, names: Sequence[str], rng: np.random.Generator)
     for scaled in graph.affine:
         if not per_image(scaled.layer.parameters):
             scaled.layer.blobs[0].diff[...] = 0  # Caffe adds to what is there
-    working.net._backward(len(working.layers) - 1, 0)
+    working.backward()
     found = [moments(scaled, working) for scaled in graph.owners()]
     return Moments(np.concatenate([one.squares for one in found], axis=1),
                    np.concatenate([one.products for one in found]))

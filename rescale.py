@@ -312,14 +312,15 @@ def _add_power(definition: Any, name: str, scale: float) -> List[str]:
     """Put a Power layer behind the layer `name`; its tops keep their names above it."""
     layers = list(definition.layer)
     position = next(number for number, layer in enumerate(layers) if layer.name == name)
+    taken = {one for layer in layers for one in (layer.name, *layer.bottom, *layer.top)}
     powers = []
-    for number, top in enumerate(layers[position].top):
-        below = top + "_unscaled"
+    for top in list(layers[position].top):
+        below = _unused(top + "_unscaled", taken)
         for layer in layers[:position + 1]:  # in-place layers share the blob's name
             for names in (layer.bottom, layer.top):
                 names[:] = [below if one == top else one for one in names]
-        power = type(layers[position])(name=name + "_rescale" + ("_%d" % number if number else ""),
-                                       type="Power", bottom=[below], top=[top])
+        power = type(layers[position])(name=_unused(name + "_rescale", taken), type="Power",
+                                       bottom=[below], top=[top])
         power.power_param.scale = scale
         powers.append(power)
     changed = layers[:position + 1] + powers + layers[position + 1:]
@@ -331,6 +332,17 @@ def _add_power(definition: Any, name: str, scale: float) -> List[str]:
             for power in powers]
 
 
+def _unused(name: str, taken: Set[str]) -> str:
+    """A name that is not taken, `name` or with a number behind it; now it is."""
+    number = 0
+    free = name
+    while free in taken:
+        number += 1
+        free = "%s_%d" % (name, number)
+    taken.add(free)
+    return free
+
+
 def worst_difference(expected: Dict[str, np.ndarray], found: Dict[str, np.ndarray]) -> float:
     """Return the largest difference of output blobs, each over the std of the expected one."""
     worst = 0.0
@@ -338,5 +350,5 @@ def worst_difference(expected: Dict[str, np.ndarray], found: Dict[str, np.ndarra
         difference = float(np.abs(found[name] - blob).max())
         std = float(blob.std())
         relative = difference / std if std > 0 else (0.0 if difference == 0 else np.inf)
-        worst = relative if not relative <= worst else worst
+        worst = float(np.maximum(worst, relative))  # NaN stays
     return worst

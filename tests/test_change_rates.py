@@ -296,6 +296,21 @@ def test_variation_is_that_of_the_mean_squares_over_many_draws():
     np.testing.assert_allclose(found.variation(), expected, rtol=0.1)
 
 
+def test_a_second_measurement_from_one_forward_pass_is_right_with_scale_layers_in_place():
+    """Caffe's in-place Scale layer overwrites its copy of its input when it goes backward."""
+    rates = []
+    for scaled in ("conv", "scaled"):
+        working = working_net(DATA + convolution("kernel_size: 3").replace("'k'", "'conv'")
+                              + layer("scale", "Scale", "conv", scaled)
+                              + layer("relu", "ReLU", scaled, scaled)
+                              + layer("fc", "InnerProduct", scaled, "", FC % ""), IMAGES)
+        run(working, np.random.default_rng(1).standard_normal((IMAGES, 3, SIZE, SIZE)))
+        rates += [change_rates.measure(ScaleGraph(working), np.random.default_rng(seed)).by_layer()
+                  for seed in (1, 1)]
+    for one in rates[1:]:
+        np.testing.assert_allclose(one, rates[0], rtol=1e-5)
+
+
 def test_equal_squares_of_all_weights_have_no_variation():
     """One input, one image value, one output: all weights of the layer are one weight."""
     working = working_net(image_input(1, 1, 1, 1) + layer(
