@@ -4,9 +4,9 @@
 
 trains small nets in CaffeNet's and GoogLeNet's image (models/*_cifar*) on 32x32 images, each from
 its reference fillers and from weights of magic_init.py, whose last layers start at 0 (paper,
-section 4.5).  The solver is the same for all: SGD at 0.01, momentum 0.9, batches of 32, and the
-weight decay of the paper's CaffeNet or GoogLeNet.  The seed of a trial is that of weights, data
-order and dropout.
+section 4.5).  All curves of a figure have one solver: the paper's for CaffeNet or GoogLeNet in
+batches of 32 and at a fixed rate, which is 0.01 times the root of 32 over the paper's batch size.
+The seed of a trial is that of weights, data order and dropout.
 
 OUT/figure3_loss.png, figure3_error.png, figure4_*.png; curves.json and curves.csv (means and
 standard errors over trials);
@@ -16,6 +16,7 @@ import argparse
 import collections
 import concurrent.futures
 import logging
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -38,7 +39,6 @@ log = logging.getLogger("small_curves")
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ARRAYS = {"train": ("train_images", "train_labels"), "val": ("test_images", "test_labels")}
-LEARNING_RATE = 0.01
 BATCH_SIZE = 32
 INIT_IMAGES = 160
 
@@ -103,9 +103,7 @@ def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
         case.net, case.kind or "reference", seed)))
         for seed in range(arguments.seeds) for case in CASES]
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a core for each of the children
-    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        for number, _ in enumerate(pool.map(lambda trial: run_trial(trial, arguments), trials), 1):
-            log.info("%d of %d runs", number, len(trials))
+    run_all(trials, arguments)
     report(trials, arguments, argv)
 
 
@@ -142,6 +140,22 @@ def prepare_data(path: str, out: str) -> None:
 # ---------------------------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------------------------
+
+def run_all(trials: Sequence[Trial], arguments: argparse.Namespace) -> None:
+    """Run trials side by side; whatever ends one of them ends all, after a snapshot."""
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        futures = [pool.submit(run_trial, trial, arguments) for trial in trials]
+        try:
+            for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                future.result()
+                log.info("%d of %d runs", number, len(trials))
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
 
 def run_trial(trial: Trial, arguments: argparse.Namespace) -> None:
     """Initialise and train, or go on with what is there.
@@ -202,21 +216,25 @@ def training_options(trial: Trial, definition: str, weights: str,
 
 
 def _train(options: Sequence[str]) -> None:
-    """Train at a fixed rate: what the presets' rates are in the beginning.  In a child process."""
+    """Train at a fixed rate.  In a child process."""
     arguments = train_imagenet.parse(options)
     measured = train_imagenet.validation(arguments)
     plan = train_imagenet.training_plan(arguments, [], measured)
-    train(plan._replace(solver=fixed_rate(plan.solver)))
+    train(plan._replace(solver=fixed_rate(plan.solver, arguments.preset)))
 
 
-def fixed_rate(preset: Any) -> Any:
-    """Return a preset's solver at the rate that it starts with."""
-    solver = caffe_messages().SolverParameter()
-    solver.CopyFrom(preset)
+def fixed_rate(solver: Any, preset: str) -> Any:
+    """Return a preset's solver at the rate that it starts with, for our smaller batches.
+
+    Gradients' noise grows with the root of what a batch is smaller by; so the rate falls.
+    """
+    fixed = caffe_messages().SolverParameter()
+    fixed.CopyFrom(solver)
     for field in ("gamma", "stepsize", "power"):
-        solver.ClearField(field)
-    solver.lr_policy, solver.base_lr = "fixed", LEARNING_RATE
-    return solver
+        fixed.ClearField(field)
+    fixed.lr_policy = "fixed"
+    fixed.base_lr *= (BATCH_SIZE / train_imagenet.PRESETS[preset].batch_size) ** 0.5
+    return fixed
 
 
 # ---------------------------------------------------------------------------------------------

@@ -142,6 +142,7 @@ def test_the_figures_in_small_from_arrays_to_table(arrays, tmp_path, monkeypatch
     zero = results.read_json(str(out / "runs" / "caffenet_cifar_gaussian_0" / "run.json"))
     assert zero["repeat"]["zero_last"]
     assert 'lr_policy: "fixed"' in zero["solver"]
+    assert "base_lr: 0.00125" in zero["solver"]  # 0.01 times the root of 4 over 256
     before = os.stat(out / "runs" / "caffenet_cifar_gaussian_0" / "run.json").st_mtime_ns
     assert small_curves.main(command) == 0  # the runs are left alone
     assert os.stat(
