@@ -1,0 +1,176 @@
+"""Figure 1: change rates per layer, and their variation within layers (paper, equations 1 and 2).
+
+    python experiments/figure1.py models/caffenet/deploy.prototxt Reference=none \\
+        'k-means=build/kmeans.caffemodel' --data 'photos/*' --figure build/figure1.png
+
+measures each named initialisation on the same images; a flat curve of rates is better, and so is
+low variation.  Every image has a gradient and a random loss of its own, as equation 2 has it.
+WEIGHTS is a caffemodel, with its changed definition where magic_init.py has written one beside it
+(kmeans.prototxt), or `none` for what NET's fillers draw.
+"""
+import argparse
+import functools
+import logging
+import os
+import sys
+import tempfile
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+import argument_types
+import caffe_net
+import change_rates
+import definitions
+import guarded
+import magic_init
+import rate_figure
+import results
+from caffe_net import WorkingNet
+from initialise import write_filled
+from scales import ScaleGraph
+from trained_weights import load_weights
+
+log = logging.getLogger("figure1")
+
+MEAN = (104.0, 117.0, 123.0)
+MOST_A_BATCH = 10  # images
+FILLERS = "none"
+
+
+class Rates(NamedTuple):
+    """Change rates C_k and coefficients of variation of C_kij^2 by name of layer."""
+
+    rates: Dict[str, float]
+    variations: Dict[str, float]
+
+    @property
+    def spread(self) -> float:
+        """The largest rate over the smallest."""
+        return change_rates.spread(np.array(list(self.rates.values())))
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Measure what the command line names; return the exit status."""
+    parser = guarded.Parser(prog="figure1.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("net", metavar="NET", help="definition: deploy or train_val, any dialect")
+    add("named", metavar="NAME=WEIGHTS", nargs="+", type=_named,
+        help="a label and a caffemodel, or none for NET's fillers")
+    add("-d", "--data", metavar="GLOB", required=True, help="images: a pattern or a folder")
+    add("--images", metavar="N", type=argument_types.count, default=100,
+        help="images to measure on, drawn by the seed (default: %(default)d)")
+    add("--seed", metavar="N", type=argument_types.natural, default=0,
+        help="of fillers, losses and the choice of images (default: %(default)d)")
+    add("--figure", metavar="FILE.png", help="the paper's two plots")
+    add("--json", metavar="FILE.json", help="everything that was measured")
+    argument_types.add_device(parser)
+    arguments = parser.parse_args(argv)
+    guarded.log_to_stderr()
+    return guarded.command_line(lambda given: _run(given, argv), arguments, parser.prog)
+
+
+def _named(text: str) -> Tuple[str, str]:
+    name, equals, weights = text.partition("=")
+    if not (name and equals and weights):
+        raise argparse.ArgumentTypeError("'%s' is not NAME=WEIGHTS" % text)
+    return name, weights
+
+
+def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
+    for path in (arguments.figure, arguments.json):
+        if path is not None:
+            guarded.check_writable(path)
+    names = [name for name, _ in arguments.named]
+    if len(set(names)) < len(names):
+        raise ValueError("two initialisations have one name: %s" % ", ".join(names))
+    paths = caffe_net.find_images(arguments.data)
+    wanted = min(arguments.images, len(paths))
+    if wanted < arguments.images:
+        log.warning("%s: has %d images, not %d", arguments.data, len(paths), arguments.images)
+    order = np.random.default_rng(arguments.seed).permutation(len(paths))
+    chosen = [paths[index] for index in np.sort(order[:wanted])]
+    device = caffe_net.choose_device(arguments.cpu, arguments.gpu)
+    found = {name: guarded.in_child(measure, arguments.net, weights, chosen, arguments.seed,
+                                    device) for name, weights in arguments.named}
+    print("\n".join(table(found)))
+    if arguments.json is not None:
+        results.write_json(arguments.json, {
+            **results.provenance(arguments.seed, argv), "net": arguments.net,
+            "data": arguments.data, "images": wanted,
+            "initialisations": [{"name": name, "weights": weights, "spread": found[name].spread,
+                                 **found[name]._asdict()} for name, weights in arguments.named]})
+    if arguments.figure is not None:
+        layers = list(found[names[0]].rates)
+        rate_figure.draw(
+            arguments.figure, "%s, %d images" % (os.path.basename(os.path.dirname(
+                os.path.abspath(arguments.net))), wanted), layers,
+            {name: [one.rates[layer] for layer in layers] for name, one in found.items()},
+            {name: [one.variations[layer] for layer in layers] for name, one in found.items()})
+
+
+def measure(net: str, weights: str, paths: Sequence[str], seed: int,
+            device: Optional[int]) -> Rates:
+    """Return the change rates of a net with weights over images.  Runs in a child.
+
+    Raises ValueError where the weights do not fit, or a layer has none.
+    """
+    caffe_net.use_device(device)
+    size, batches = magic_init.batches_of(len(paths), MOST_A_BATCH, len(paths))
+    working, image = definitions.working_definition(
+        definitions.read_definition(_definition(net, weights)), size)
+    assert image is not None  # because we asked for a batch
+    definitions.spare_weight_gradients(working, change_rates.per_image)
+    measured = WorkingNet(working, image)
+    _load(measured, net, weights, seed)
+    feed = caffe_net.ImageFeed(paths[:size * batches], image.shape, MEAN, 1.0)
+    graph, rng = ScaleGraph(measured), np.random.default_rng(seed)
+    draws = []
+    for batch in range(batches):
+        feed.load(batch, measured.blob(image.blob).data)
+        measured.forward()
+        draws.append(change_rates.measure(graph, rng))
+    found = functools.reduce(change_rates.ChangeRates.joined, draws)
+    layers = [scaled.layer.name for scaled in graph.owners()]
+    return Rates(dict(zip(layers, found.by_layer().tolist())),
+                 dict(zip(layers, found.variation().tolist())))
+
+
+def _definition(net: str, weights: str) -> str:
+    """The definition that weights are for."""
+    beside = os.path.splitext(weights)[0] + ".prototxt"
+    if weights == FILLERS or not os.path.exists(beside):
+        return net
+    log.info("%s is measured with its own definition, %s", weights, beside)
+    return beside
+
+
+def _load(measured: WorkingNet, net: str, weights: str, seed: int) -> None:
+    if weights == FILLERS:
+        with tempfile.NamedTemporaryFile(suffix=".caffemodel") as file:
+            write_filled(net, file.name, "reference", seed)
+            load_weights(measured.net, file.name)
+        return
+    left = load_weights(measured.net, weights)
+    if left:
+        raise ValueError("%s: has no weights for the net's layer '%s'" % (weights, left[0]))
+
+
+def table(found: Dict[str, Rates]) -> List[str]:
+    """Return the lines of what is printed: rates, then variations, a column for each name."""
+    layers = list(next(iter(found.values())).rates)
+    width = max([len(layer) for layer in layers] + [len("max / min")])
+    columns = ["%%%ds" % max(10, len(name)) for name in found]
+    form = "  ".join(["%%-%ds" % width, *columns])
+    lines = ["change rate", form % ("layer", *found)]
+    lines += [form % (layer, *["%.4g" % one.rates[layer] for one in found.values()])
+              for layer in layers]
+    lines += [form % ("max / min", *["%.4g" % one.spread for one in found.values()]), "",
+              "coefficient of variation", form % ("layer", *found)]
+    lines += [form % (layer, *["%.3g" % one.variations[layer] for one in found.values()])
+              for layer in layers]
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
