@@ -11,7 +11,7 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do \
 EXTRAS ?= cpu,dev
 RUN = .venv/bin/python
 
-.PHONY: venv test lint demo bench clean
+.PHONY: venv test lint demo bench study clean
 
 venv: .venv/installed
 
@@ -46,6 +46,12 @@ bench: venv
 	$(RUN) data/photographs.py build/photographs
 	$(RUN) data/photographs.py build/photographs_to_measure --count 60 --seed 1
 	$(RUN) experiments/bench.py --data '$(PHOTOS)' --measure '$(MEASURE)' --out build/bench.json
+
+# tables 1 and 2 in small, on any small images with labels: make study DATA=file.npz
+DATA ?= cifar10_mini.npz
+
+study: venv
+	$(RUN) experiments/study.py --data '$(DATA)' --out build/study
 
 clean:
 	rm -rf build .venv *.egg-info

@@ -1,0 +1,135 @@
+"""What came out of study.py: every trial, a table, and learning curves.
+
+    study_report.write(rows, trials, measure_every, "build/study", provenance)
+"""
+import os
+from typing import Any, Dict, List, Optional, Sequence
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import curves
+import guarded
+import results
+import run_folder
+from study_trial import training_losses
+
+COLUMNS = ("initialisation", "method", "scaling", "tables", "learning_rate", "trials", "diverged",
+           "test_accuracy", "test_error_of_mean", "validation_accuracy",
+           "validation_error_of_mean")
+
+
+def best_rate(name: str, trials: Sequence[Dict[str, Any]]) -> Optional[float]:
+    """Return the rate of the trial of `name` with the best validation accuracy, the smaller of
+    equals; None where all diverged."""
+    mine = [trial for trial in trials if trial["initialisation"] == name
+            and trial["validation_accuracy"] is not None]
+    if not mine:
+        return None
+    return min(mine, key=lambda one: (-one["validation_accuracy"], one["learning_rate"]))[
+        "learning_rate"]
+
+
+def summary(rows: Sequence[Any], trials: Sequence[Dict[str, Any]],
+            first_seed: int) -> List[Dict[str, Any]]:
+    """Return a line of COLUMNS for every row of the study, accuracies in %.
+
+    The rate is chosen among the trials of the first seed; diverged trials are counted, not
+    averaged.
+    """
+    lines = []
+    for row in rows:
+        mine = [trial for trial in trials if trial["initialisation"] == row.name]
+        rate = best_rate(row.name, [one for one in mine if one["seed"] == first_seed])
+        chosen = [one for one in mine if one["learning_rate"] == rate]
+        ended = [one for one in chosen if one["diverged"] is None]
+        line = {"initialisation": row.name, "method": row.method, "scaling": row.scaling,
+                "tables": " ".join(map(str, row.tables)), "learning_rate": rate,
+                "trials": len(ended), "diverged": len((chosen or mine)) - len(ended)}
+        for part in ("test", "validation"):
+            values = [100 * one[part + "_accuracy"] for one in ended]
+            mean, error = results.mean_and_error(values) if values else (None, None)
+            line.update({part + "_accuracy": mean, part + "_error_of_mean": error})
+        lines.append(line)
+    return lines
+
+
+def markdown(lines: Sequence[Dict[str, Any]]) -> str:
+    """Return the lines of each of the paper's tables as a Markdown table."""
+    text = []
+    for table, title in ((2, "Initialisations (table 2)"), (1, "Scalings (table 1)")):
+        mine = [line for line in lines if str(table) in line["tables"].split()]
+        if mine:
+            text += ["| %s | scaling | learning rate | validation accuracy | test accuracy |"
+                     % title, "|---|---|---|---|---|"]
+            text += ["| %s | %s | %s | %s | %s |" % (
+                line["initialisation"], line["scaling"],
+                "all diverged" if line["learning_rate"] is None else line["learning_rate"],
+                _cell(line, "validation"), _cell(line, "test")) for line in mine] + [""]
+    return "\n".join(text)
+
+
+def _cell(line: Dict[str, Any], part: str) -> str:
+    mean, error = line[part + "_accuracy"], line[part + "_error_of_mean"]
+    if mean is None:
+        return ""
+    text = "%.1f" % mean if error is None else "%.1f ± %.1f" % (mean, error)
+    return text + " (%d diverged)" % line["diverged"] if line["diverged"] else text
+
+
+def write(rows: Sequence[Any], trials: Sequence[Dict[str, Any]], measure_every: int, out: str,
+          provenance: Dict[str, Any]) -> None:
+    """Write study.json, study.csv, study.md and study.png into `out`."""
+    lines = summary(rows, trials, provenance["settings"]["seeds"][0])
+    results.write_json(os.path.join(out, "study.json"), {
+        **provenance, "rows": lines, "trials": trials})
+    results.write_csv(os.path.join(out, "study.csv"), COLUMNS,
+                      [[line[column] for column in COLUMNS] for line in lines])
+    path = os.path.join(out, "study.md")
+    with guarded.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(markdown(lines))
+    draw(rows, lines, trials, measure_every, out)
+
+
+# ---------------------------------------------------------------------------------------------
+# Learning curves
+# ---------------------------------------------------------------------------------------------
+
+def draw(rows: Sequence[Any], lines: Sequence[Dict[str, Any]],
+         trials: Sequence[Dict[str, Any]], measure_every: int, out: str) -> None:
+    """Draw training loss and validation accuracy at the chosen rates, a row for each table."""
+    tables = [table for table in (2, 1) if any(table in row.tables for row in rows)]
+    figure = Figure(figsize=(10, 0.4 + 3.6 * len(tables)))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(tables), 2, squeeze=False)
+    for table, (left, right) in zip(tables, axes):
+        for row, line in zip(rows, lines):
+            folders = [one["folder"] for one in trials
+                       if one["initialisation"] == row.name and one["diverged"] is None
+                       and one["learning_rate"] == line["learning_rate"]]
+            if table in row.tables and folders:
+                _draw_row(left, right, row.name, [os.path.join(out, one) for one in folders],
+                          measure_every, "--" if row.scaling == "none" else "-")
+        left.set_ylabel("training loss")
+        right.set_ylabel("validation accuracy (%)")
+        left.set_title("table %d" % table, fontsize=10)
+        for axis in (left, right):
+            axis.set_xlabel("iteration")
+            axis.grid(alpha=0.3)
+        right.legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    with guarded.replacing(os.path.join(out, "study.png")) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
+
+
+def _draw_row(left: Any, right: Any, name: str, folders: Sequence[str], every: int,
+              style: str) -> None:
+    losses = curves.curve([training_losses(folder, every) for folder in folders],
+                          "training_loss")
+    accuracy = curves.curve([run_folder.measured(folder) for folder in folders],
+                            "validation_accuracy")
+    for axis, one, factor in ((left, losses, 1), (right, accuracy, 100)):
+        line, = axis.plot(one.iterations, factor * one.mean, style, label=name, linewidth=1.3)
+        axis.fill_between(one.iterations, factor * (one.mean - one.error),
+                          factor * (one.mean + one.error), color=line.get_color(), alpha=0.2,
+                          linewidth=0)
