@@ -133,6 +133,8 @@ def _check_value(path: str, key: str, value: Any, kind: Any) -> None:
 
 def _row(path: str, name: str, row: Any) -> Initialisation:
     where = "%s: initialisations: '%s'" % (path, name)
+    if not isinstance(name, str) or "/" in name or name.startswith("."):
+        raise ValueError("%s: a name is text that can be a folder's" % where)
     if not isinstance(row, dict) or set(row) != ROW_KEYS:
         raise ValueError("%s needs the keys %s and no others"
                          % (where, ", ".join(sorted(ROW_KEYS))))
@@ -142,7 +144,7 @@ def _row(path: str, name: str, row: Any) -> Initialisation:
     tables = row["tables"]
     if not isinstance(tables, list) or not tables or not set(tables) <= {1, 2}:
         raise ValueError("%s: tables are a list of 1 and 2" % where)
-    return Initialisation(str(name), row["method"], row["scaling"], tables)
+    return Initialisation(name, row["method"], row["scaling"], tables)
 
 
 def prepare(path: str, settings: Dict[str, Any], rows: Sequence[Initialisation],
@@ -187,7 +189,9 @@ def run_all(study: Study, jobs: int) -> List[Dict[str, Any]]:
                                       for rate in rates])
         chosen = {row.name: study_report.best_rate(row.name, first) for row in study.rows}
         for name, rate in chosen.items():
-            log.info("%s: learning rate %s", name, rate)
+            at_end = len(rates) > 1 and rate in (min(rates), max(rates))
+            log.info("%s: learning rate %s%s", name, rate,
+                     ", the last one tried: others may be better" if at_end else "")
         others = _trials(study, pool, [(row, chosen[row.name], seed) for seed in seeds[1:]
                                        for row in study.rows if chosen[row.name] is not None])
     return first + others

@@ -76,6 +76,7 @@ def config(tmp_path):
     ({"learning_rates": []}, "'learning_rates' is .*, not a list"),
     ({"learning_rates": [-1]}, "'learning_rates' is -1, not above 0"),
     ({"seeds": [0.5]}, "seeds: 0.5 is not a whole number"),
+    ({"initialisations": {"a/b": {}}}, "'a/b': a name is text that can be a folder's"),
     ({"initialisations": {"A": {"method": "gaussian"}}}, "'A' needs the keys"),
     ({"initialisations": {"A": {"method": "he", "scaling": "none", "tables": [1]}}},
      "'A': method and scaling must be of gaussian"),
