@@ -12,7 +12,7 @@ spared that work (`definitions.spare_weight_gradients`).
     python magic_init.py models/caffenet_tiny/deploy.prototxt out.caffemodel -d 'photos/*' -cs
 """
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -141,23 +141,24 @@ def spread(rates: np.ndarray) -> float:
 # ---------------------------------------------------------------------------------------------
 
 def measure(graph: ScaleGraph, rng: np.random.Generator,
-            shares: Optional[np.ndarray] = None) -> ChangeRates:
+            known: Optional[ChangeRates] = None) -> ChangeRates:
     """Run backward passes from what the net's blobs hold and return the change rates.
 
     Every image gets its own random loss eta ~ N(0, I) at every output.  Where outputs are few, the
     mean over several passes is taken, until LOSSES random numbers were drawn.  Outputs that may
-    be rescaled get passes of their own, unless their `shares` (outputs, pairs) are known.
+    be rescaled get passes of their own.  With `known` rates of the net as it is, from other
+    images, the outputs' shares and the variation within pairs are taken from there.
     """
     working = graph.working
     size = sum(working.blob(name).data.size for name in working.outputs)
     passes = range(-(-LOSSES // size))
-    found = mean_moments([_one_pass(graph, working.outputs, rng) for _ in passes])
-    gradients = found.squares[:, None]
-    if shares is not None:
-        gradients = gradients * shares
+    found = mean_moments([_one_pass(graph, working.outputs, rng, known is None) for _ in passes])
+    gradients, products = found.squares[:, None], found.products[None]
+    if known is not None:
+        gradients, products = gradients * known.shares(), known.products
     elif graph.free_outputs:
         gradients = np.stack([
-            mean_moments([_one_pass(graph, [name], rng) for _ in passes]).squares
+            mean_moments([_one_pass(graph, [name], rng, False) for _ in passes]).squares
             for name in working.outputs], axis=1)
     pairs = [(number, affine_view(scaled.layer, scaled.layer.weights, scaled.in_channels)[
         block.groups, :, block.inputs]) for number, scaled in enumerate(graph.owners())
@@ -165,7 +166,7 @@ def measure(graph: ScaleGraph, rng: np.random.Generator,
     return ChangeRates(np.array([number for number, _ in pairs]),
                        np.array([part.size for _, part in pairs]),
                        np.array([sum_of_squares(part) for _, part in pairs]),
-                       gradients, found.products[None])
+                       gradients, products)
 
 
 class Moments(NamedTuple):
@@ -184,7 +185,8 @@ def mean_moments(passes: Sequence[Moments]) -> Moments:
                    np.mean([one.products for one in passes], axis=0))
 
 
-def _one_pass(graph: ScaleGraph, names: Sequence[str], rng: np.random.Generator) -> Moments:
+def _one_pass(graph: ScaleGraph, names: Sequence[str], rng: np.random.Generator,
+              products: bool) -> Moments:
     """Moments of all pairs from one backward pass, with losses on some outputs."""
     working = graph.working
     for name in working.outputs:
@@ -194,7 +196,7 @@ def _one_pass(graph: ScaleGraph, names: Sequence[str], rng: np.random.Generator)
         if not per_image(scaled.layer.parameters):
             scaled.layer.blobs[0].diff[...] = 0  # Caffe adds to what is there
     working.backward()
-    found = [moments(scaled, working) for scaled in graph.owners()]
+    found = [moments(scaled, working, products) for scaled in graph.owners()]
     return Moments(np.concatenate([one.squares for one in found], axis=1),
                    np.concatenate([one.products for one in found]))
 
@@ -212,8 +214,11 @@ def per_image(layer: Any) -> bool:
     return layer.type == "Convolution" and layer.convolution_param.axis == 1
 
 
-def moments(scaled: AffineScales, working: WorkingNet) -> Moments:
-    """Return the moments of a layer's weight gradients after a backward pass of one batch."""
+def moments(scaled: AffineScales, working: WorkingNet, products: bool = True) -> Moments:
+    """Return the moments of a layer's weight gradients after a backward pass of one batch.
+
+    Without `products` these may be left at 0, which spares time.
+    """
     layer = scaled.layer
     bottom, top = working.blob(layer.bottoms[0]).data, working.blob(layer.tops[0]).diff
     images = len(top)
@@ -223,8 +228,12 @@ def moments(scaled: AffineScales, working: WorkingNet) -> Moments:
     if peak == 0 or not np.isfinite(peak):
         return Moments(np.full((images, len(scaled.blocks)), peak),
                        np.full(len(scaled.blocks), peak))
-    find = _of_products if layer.type == "InnerProduct" else _of_convolution
-    found = find(scaled, bottom, top * np.float32(1 / peak))  # squares would underflow
+    if layer.type == "InnerProduct":
+        found = _of_products(scaled, bottom, top * np.float32(1 / peak))
+    else:
+        size = largest(bottom) or 1.0
+        found = _of_convolution(scaled, bottom, top * np.float32(1 / peak / size), products)
+        peak *= size  # fourth powers of what is far from 1 are beyond float32
     return Moments(found.squares * peak ** 2, found.products * peak ** 4)
 
 
@@ -243,7 +252,8 @@ def _of_products(scaled: AffineScales, bottom: np.ndarray, top: np.ndarray) -> M
     return Moments(np.array(squares).T, np.array(products))
 
 
-def _of_convolution(scaled: AffineScales, bottom: np.ndarray, top: np.ndarray) -> Moments:
+def _of_convolution(scaled: AffineScales, bottom: np.ndarray, top: np.ndarray,
+                    products: bool) -> Moments:
     """Convolution: g_n = y_n im2col(x_n)^T, summed over positions; images go in parts."""
     shape = geometry(scaled.layer)
     assert shape is not None
@@ -253,28 +263,30 @@ def _of_convolution(scaled: AffineScales, bottom: np.ndarray, top: np.ndarray) -
     layout = (groups, outputs // groups, scaled.in_channels // groups, kernel)
     places = top[0, 0].size
     part = max(1, PART // (scaled.in_channels * kernel * places))
-    size = largest(bottom) or 1.0  # fourth powers of what is far from 1 are beyond float32
 
-    def squares_of(first: int) -> np.ndarray:
-        columns = im2col(bottom[first:first + part] * np.float32(1 / size), shape)
+    def of_part(first: int) -> Tuple[List[List[float]], np.ndarray, np.ndarray]:
+        """Squares by image and block, sum of their squares by block, their sum over images."""
+        columns = im2col(bottom[first:first + part], shape)
         columns = columns.reshape(len(columns), groups, -1, places)
         errors = top[first:first + part].reshape(len(columns), groups, -1, places)
-        squares = errors @ columns.transpose(0, 1, 3, 2)
-        squares *= squares
-        return squares.reshape((len(columns),) + layout)
+        gradients = (errors @ columns.transpose(0, 1, 3, 2)).reshape((len(columns),) + layout)
+        squares = [[_squared(image[block.groups, :, block.inputs]) for block in scaled.blocks]
+                   for image in gradients]
+        if not products:
+            return squares, np.zeros(len(scaled.blocks)), np.zeros(layout, np.float32)
+        gradients *= gradients
+        fourths = [_squared(gradients[:, block.groups, :, block.inputs])
+                   for block in scaled.blocks]
+        return squares, np.array(fourths), gradients.sum(axis=0)
 
-    total = np.zeros(layout, np.float32)
-    sums, fourths = [], []
     with ThreadPoolExecutor(2) as pool:
-        for squares in pool.map(squares_of, range(0, images, part)):
-            total += squares.sum(axis=0)
-            for image in squares:
-                parts = [image[block.groups, :, block.inputs] for block in scaled.blocks]
-                sums.append([float(one.sum(dtype=np.float64)) for one in parts])
-                fourths.append([_squared(one) for one in parts])
-    products = [_between_images(_squared(total[block.groups, :, block.inputs]), fourth, images)
-                for block, fourth in zip(scaled.blocks, np.sum(fourths, axis=0))]
-    return Moments(np.array(sums) * size ** 2, np.array(products) * size ** 4)
+        found = list(pool.map(of_part, range(0, images, part)))
+    total = np.sum([one[2] for one in found], axis=0)
+    fourths = np.sum([one[1] for one in found], axis=0)
+    return Moments(
+        np.array([image for one in found for image in one[0]]),
+        np.array([_between_images(_squared(total[block.groups, :, block.inputs]), fourth, images)
+                  for block, fourth in zip(scaled.blocks, fourths)]))
 
 
 def _between_images(of_sum: float, of_each: float, images: int) -> float:

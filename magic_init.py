@@ -40,8 +40,10 @@ TYPES = ("gaussian", "elwise", "pca", "zca", "kmeans", "rand")
 STOPS = tuple(sorted(caffe_net.AFFINE)) + ("BatchNorm",)
 # Unscaled Gaussian weights, the paper's baseline (section 4.1).
 UNSCALED_STD = 0.01
-# Variance below this part of the layer's median variance counts as a constant channel.
+# Variance below this part of the layer's median variance counts as a constant channel,
 CONSTANT = 1e-10
+# and so does one below this part of the layer's mean squared mean: it is float32's rounding.
+ROUNDING = 1e-12
 # Rates within this factor of each other are equal; measuring again would not tell.
 EQUAL = 1.05
 # Standard error of layers' log rates, from batch to batch, below which measuring ends.
@@ -104,7 +106,8 @@ def _patches(stop: Stop, working: WorkingNet, batches: int, geometry: caffe_net.
             share = count * (batch + 1) // batches - count * batch // batches
             parts.append(weights.sample_patches(bottom[:, group * depth:(group + 1) * depth], share,
                                                 rng, *pairs))
-        yield np.concatenate(parts).reshape(count, dimension)
+        # k-means goes through the patches in parts: each is to see all images
+        yield np.concatenate(parts).reshape(count, dimension)[rng.permutation(count)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -118,7 +121,7 @@ def normalisation(mean: np.ndarray, variance: np.ndarray,
     Algorithm 1: z * factor + shift has mean beta and variance 1 (channels,).  A constant channel,
     of (nearly) no variance, gets the median factor, so that it stays finite.
     """
-    live = variance > CONSTANT * np.median(variance)
+    live = variance > max(CONSTANT * np.median(variance), ROUNDING * np.mean(mean ** 2))
     typical = np.median(variance[live]) if live.any() else 1.0
     factor = 1 / np.sqrt(np.where(live, variance, typical))
     return factor, beta - mean * factor, ~live
@@ -303,7 +306,7 @@ def measure_in_turns(session: "Session", graph: ScaleGraph,
             settled = arguments.alpha * step.at_response < SMALL
             if turn and settled and arguments.alpha == 1:
                 break
-            another = session.measure(graph, turn, measured.shares())
+            another = session.measure(graph, turn, measured)
             measured = measured.joined(another) if settled else another
             if change_rates.spread(measured.by_layer()) < EQUAL:
                 break
@@ -407,7 +410,7 @@ class Session:
         self.working.forward()
 
     def measure(self, graph: ScaleGraph, turn: int,
-                shares: Optional[np.ndarray] = None) -> ChangeRates:
+                known: Optional[ChangeRates] = None) -> ChangeRates:
         """Return the change rates on a batch, of turn -1 on the one that the net holds.
 
         Squared gradients go with the energy E[z^2] of their layer's input (equation 4), which the
@@ -416,7 +419,7 @@ class Session:
         batch = turn % self.batches
         if turn >= 0:
             self.forward(batch)
-        rates = change_rates.measure(graph, self.rng, shares)
+        rates = change_rates.measure(graph, self.rng, known)
         if self.feed is None and turn >= 0:
             return rates  # images that the walk has not seen
         energies = [self.energy[scaled.layer.name] for scaled in graph.owners()]
@@ -451,6 +454,8 @@ def work(arguments: argparse.Namespace, paths: Sequence[str], output: str) -> Re
     """
     session = Session(arguments, paths)
     working = session.working
+    if not working.affine:
+        raise ValueError("%s: no layer has weights to initialise" % arguments.prototxt)
     fresh = _load(working, arguments.load, arguments.zero)
     notes = [note for layer in working.layers for note in _filler_notes(layer, fresh)]
     plan = Plan(fresh, arguments.type, arguments.within, arguments.bias, session.batches)
@@ -623,9 +628,14 @@ def _check_paths(arguments: argparse.Namespace, beside: str) -> None:
     for path in (arguments.prototxt, arguments.load):
         if path is not None and not os.path.isfile(path):
             raise ValueError("%s: no such file" % path)
+    used = {os.path.realpath(arguments.prototxt)}
     for path in (arguments.output, arguments.report, arguments.figure):
-        if path is not None:
-            guarded.check_writable(path)
+        if path is None:
+            continue
+        guarded.check_writable(path)
+        if os.path.realpath(path) in used:
+            raise ValueError("%s would be written over another file of this command" % path)
+        used.update(os.path.realpath(one) for one in (path, arguments.load) if one)
     if os.path.exists(beside) and os.path.samefile(beside, arguments.prototxt):
         raise ValueError("%s would be overwritten if the definition has to change: give OUTPUT "
                          "another name" % beside)

@@ -370,7 +370,7 @@ def test_known_shares_of_outputs_stand_for_passes_of_their_own():
     run(working, np.random.default_rng(1).standard_normal((IMAGES, 3, SIZE, SIZE)))
     full = change_rates.measure(graph, np.random.default_rng(2))
     assert full.gradients.shape == (IMAGES, 2, len(full.layer))
-    again = change_rates.measure(graph, np.random.default_rng(3), full.shares())
+    again = change_rates.measure(graph, np.random.default_rng(3), full)
     np.testing.assert_allclose(full.shares().sum(axis=0), 1)
     np.testing.assert_allclose(again.shares(), full.shares(), rtol=1e-6)
     np.testing.assert_allclose(again.by_layer(), full.by_layer(), rtol=0.2)
