@@ -201,6 +201,7 @@ def image_layers(definition: Any, batch_size: Optional[int]) -> Tuple[List[Any],
         layers = [layer for layer in layers if layer not in sources]
     elif any(layer.type == "Input" for layer in layers):
         raise ValueError("the definition has no data layer of its own: give images with --data")
+    _check_bottoms(layers, definition)
     kept = _without_scores(layers, {image.blob} if image else set())
     if not outputs(kept):
         raise ValueError("no layer of the definition computes anything but losses and scores")
@@ -241,6 +242,19 @@ def check_types(definition: Any) -> None:
             raise ValueError("layer '%s': no layer before it makes its bottom '%s'"
                              % (layer.name, missing[0]))
         made.update(layer.top)
+
+
+def _check_bottoms(layers: Iterable[Any], definition: Any) -> None:
+    """Raise ValueError where a layer wants a blob that no layer of any phase makes: a misspelling.
+
+    Scores may: deploy definitions have no labels.
+    """
+    made = {top for layer in definition.layer for top in layer.top}
+    for layer in layers:
+        for bottom in layer.bottom:
+            if bottom not in made and not _is_score(layer):
+                raise ValueError("layer '%s': no layer makes its bottom '%s'"
+                                 % (layer.name, bottom))
 
 
 def _check_python(layer: Any) -> None:
