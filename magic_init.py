@@ -92,7 +92,12 @@ def set_weights(stop: Stop, working: WorkingNet, batches: int, kind: str, within
 
 def _patches(stop: Stop, working: WorkingNet, batches: int, geometry: caffe_net.Geometry,
              groups: int, rng: np.random.Generator) -> Any:
-    """Yield the patches (n, d) that each group of a convolution's filters sees."""
+    """Yield the patches (n, d) that each group of a convolution's filters sees.
+
+    They come from the first half of the batches: filters respond more to what they were made from
+    than to other images, and change rates are to be measured on others.
+    """
+    batches = (batches + 1) // 2
     bottom = working.blob(stop.layer.bottoms[0]).data
     depth = bottom.shape[1] // groups
     dimension = depth * int(np.prod(geometry.kernel))
@@ -318,13 +323,13 @@ def measure_enough(session: "Session", graph: ScaleGraph) -> ChangeRates:
 
     The batch held back for the check is left out where there is more than one.
     """
-    batches = [batch for batch in range(session.batches) if batch != session.check] or [0]
-    rates = session.measure(graph, batches[0])
-    with session.bar("between layers", len(batches)) as bar:
-        for batch in batches[1:]:
+    session.measured = [batch for batch in range(session.batches) if batch != session.check] or [0]
+    rates = session.measure(graph, 0)
+    with session.bar("between layers", len(session.measured)) as bar:
+        for turn in range(1, len(session.measured)):
             if rates.uncertainty() < UNCERTAIN:
                 break
-            rates = rates.joined(session.measure(graph, batch))
+            rates = rates.joined(session.measure(graph, turn))
             bar.update()
     return rates
 
@@ -363,8 +368,9 @@ def rescale_exactly(session: "Session", graph: ScaleGraph, solution: rescale.Sol
 class Session:
     """A net at work: what it measures on, which images it sees, and the seconds that phases took.
 
-    Batches 0 to `batches` - 1 of images are for statistics; batch `check` is held back from the
-    change rates to check a rescaled net on.
+    Batches 0 to `batches` - 1 of images are for statistics; change rates are measured on those in
+    `measured`, at first the second half, from which no weights are made; batch `check` is held
+    back from these to check a rescaled net on.
     """
 
     def __init__(self, arguments: argparse.Namespace, paths: Sequence[str]) -> None:
@@ -382,6 +388,7 @@ class Session:
         self.working = self.build(self.definition, bool(paths))
         self.feed: Optional[caffe_net.ImageFeed] = None
         self.check = self.batches - 1
+        self.measured = list(range(self.batches - max(1, self.batches // 2), self.batches))
         if self.working.image is not None:
             chosen = self.rng.permutation(len(paths))[:(self.batches + 1) * self.size]
             self.feed = caffe_net.ImageFeed([paths[number] for number in chosen],
@@ -411,19 +418,19 @@ class Session:
 
     def measure(self, graph: ScaleGraph, turn: int,
                 known: Optional[ChangeRates] = None) -> ChangeRates:
-        """Return the change rates on a batch, of turn -1 on the one that the net holds.
+        """Return the change rates on one of `measured`, at turn -1 on the last, that the net holds.
 
         Squared gradients go with the energy E[z^2] of their layer's input (equation 4), which the
         walk knows for all images: they count as if the batch's energy were the mean one.
         """
-        batch = turn % self.batches
+        batch = self.measured[turn % len(self.measured)]
         if turn >= 0:
             self.forward(batch)
         rates = change_rates.measure(graph, self.rng, known)
         if self.feed is None and turn >= 0:
             return rates  # images that the walk has not seen
         energies = [self.energy[scaled.layer.name] for scaled in graph.owners()]
-        factors = [energy.mean() / energy[batch] if energy[batch] > 0 else 1.0
+        factors = [energy[self.measured].mean() / energy[batch] if energy[batch] > 0 else 1.0
                    for energy in energies]
         return rates.weighted(np.array(factors))
 
