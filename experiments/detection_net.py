@@ -63,8 +63,7 @@ def training_net(skeleton: Skeleton, classes: int, data: Dict[str, Any],
     _add_layers(net, skeleton, classes, native)
     net.layer.add(name="loss_cls", type="SoftmaxWithLoss", bottom=["cls_score", "labels"],
                   top=["loss_cls"], loss_weight=[1])
-    text_format.Merge(smooth_l1_loss("loss_bbox", ("bbox_pred",) + LABELS[1:], native),
-                      net.layer.add())
+    add_smooth_l1_loss(net, "loss_bbox", ("bbox_pred",) + LABELS[1:], native)
     return net
 
 
@@ -97,9 +96,8 @@ def unfilled(skeleton: Skeleton) -> Optional[str]:
 
 def _add_layers(net: Any, skeleton: Skeleton, classes: int, native: Collection[str]) -> None:
     net.layer.extend(skeleton.trunk)
-    text_format.Merge(roi_pooling(
-        "roi_" + skeleton.pooling, skeleton.maps, skeleton.pooled, skeleton.side,
-        1.0 / skeleton.stride, native), net.layer.add())
+    add_roi_pooling(net, "roi_" + skeleton.pooling, skeleton.maps, skeleton.pooled, skeleton.side,
+                    1.0 / skeleton.stride, native)
     net.layer.extend(skeleton.head)
     for name, outputs, deviation in zip(FRESH, (classes + 1, 4 * (classes + 1)), (0.01, 0.001)):
         layer = net.layer.add(name=name, type="InnerProduct", bottom=[skeleton.feature],
@@ -138,34 +136,35 @@ def native_types(gpu: bool) -> Collection[str]:
     return {"ROIPooling", "SmoothL1Loss"} & set(definitions.import_caffe().layer_type_list())
 
 
-def roi_pooling(name: str, maps: str, top: str, side: int, spatial_scale: float,
-                native: Collection[str] = ()) -> str:
-    """Return the prototxt of a layer that pools `maps` below the blob 'rois' to (side, side)."""
+def add_roi_pooling(net: Any, name: str, maps: str, top: str, side: int, spatial_scale: float,
+                    native: Collection[str] = ()) -> None:
+    """Add a layer that pools `maps` below the blob 'rois' to (side, side) to a NetParameter."""
+    layer = net.layer.add(name=name, bottom=[maps, "rois"], top=[top])
     if "ROIPooling" in native:
-        parameters = ('type: "ROIPooling" roi_pooling_param { pooled_h: %d pooled_w: %d '
-                      "spatial_scale: %r }" % (side, side, spatial_scale))
+        text_format.Merge('type: "ROIPooling" roi_pooling_param { pooled_h: %d pooled_w: %d '
+                          "spatial_scale: %r }" % (side, side, spatial_scale), layer)
     else:
-        parameters = _python_layer("ROIPooling", {"side": side, "spatial_scale": spatial_scale})
-    return ('name: "%s" bottom: "%s" bottom: "rois" top: "%s" %s'
-            % (name, maps, top, parameters))
+        _python_layer(layer, "ROIPooling", {"side": side, "spatial_scale": spatial_scale})
 
 
-def smooth_l1_loss(name: str, bottoms: Sequence[str], native: Collection[str] = ()) -> str:
-    """Return the prototxt of a smooth L1 loss (sigma 1) of weight 1.
+def add_smooth_l1_loss(net: Any, name: str, bottoms: Sequence[str],
+                       native: Collection[str] = ()) -> None:
+    """Add a smooth L1 loss (sigma 1) of weight 1 to a NetParameter.
 
     `bottoms` are prediction, target, inside and outside weights.
     """
+    layer = net.layer.add(name=name, bottom=bottoms, top=[name], loss_weight=[1])
     if "SmoothL1Loss" in native:
-        parameters = 'type: "SmoothL1Loss" smooth_l1_loss_param { sigma: 1 }'
+        text_format.Merge('type: "SmoothL1Loss" smooth_l1_loss_param { sigma: 1 }', layer)
     else:
-        parameters = _python_layer("SmoothL1Loss", {"sigma": 1})
-    return 'name: "%s" %s top: "%s" loss_weight: 1 %s' % (
-        name, " ".join('bottom: "%s"' % bottom for bottom in bottoms), name, parameters)
+        _python_layer(layer, "SmoothL1Loss", {"sigma": 1})
 
 
-def _python_layer(layer: str, parameters: Dict[str, Any]) -> str:
-    return ("type: \"Python\" python_param { module: \"roi_layers\" layer: \"%s\" param_str: '%s' }"
-            % (layer, json.dumps(parameters)))
+def _python_layer(layer: Any, name: str, parameters: Dict[str, Any]) -> None:
+    layer.type = "Python"
+    layer.python_param.module = "roi_layers"
+    layer.python_param.layer = name
+    layer.python_param.param_str = json.dumps(parameters)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@ import math
 
 import numpy as np
 import pytest
-from google.protobuf import text_format
 
 import definitions
 import detection_net
@@ -110,13 +109,13 @@ def test_smooth_l1_is_quadratic_within_the_knee_and_linear_beyond():
 # As layers of a net
 # ---------------------------------------------------------------------------------------------
 
-def net_of(layer, inputs):
-    """A net of one layer whose gradients can be asked for, with inputs (name, shape)."""
+def net_of(inputs, add, *arguments):
+    """A net of inputs (name, shape) and the layer that add(net, ...) adds, with gradients."""
     definition = definitions.caffe_messages().NetParameter(force_backward=True)
     for name, shape in inputs:
         added = definition.layer.add(name=name, type="Input", top=[name])
         added.input_param.shape.add(dim=shape)
-    text_format.Merge(layer, definition.layer.add())
+    add(definition, *arguments)
     return definitions.build(definition)
 
 
@@ -138,8 +137,8 @@ def differences(net, blob, value, step):
 def run_pooling_net():
     """Gradient of a random linear loss on pooled maps: Caffe's, and by central differences."""
     rng = np.random.RandomState(0)
-    net = net_of(detection_net.roi_pooling("pool", "maps", "pooled", 2, 0.25),
-                 [("maps", (2, 2, 5, 6)), ("rois", (4, 5))])
+    net = net_of([("maps", (2, 2, 5, 6)), ("rois", (4, 5))],
+                 detection_net.add_roi_pooling, "pool", "maps", "pooled", 2, 0.25)
     data = net.blobs["maps"].data
     data[...] = rng.permutation(data.size).reshape(data.shape)  # no two maxima within a step
     net.blobs["rois"].data[...] = [[0, 0, 0, 12, 12], [1, 4, 4, 23, 19], [1, 9, 2, 30, 30],
@@ -164,7 +163,8 @@ def run_loss_net():
     """Loss and gradients of a smooth L1 layer of weight 1 on 3 ROIs: Caffe's and differences."""
     rng = np.random.RandomState(0)
     names = ["prediction", "target", "inside", "outside"]
-    net = net_of(detection_net.smooth_l1_loss("loss", names), [(name, (3, 4)) for name in names])
+    net = net_of([(name, (3, 4)) for name in names], detection_net.add_smooth_l1_loss, "loss",
+                 names)
     for name in names:
         net.blobs[name].data[...] = rng.uniform(0.5, 3, (3, 4))
     net.blobs["target"].data[0] = net.blobs["prediction"].data[0] - 0.3  # the quadratic part
@@ -192,8 +192,8 @@ def test_the_loss_layer_is_the_formula_and_its_gradients_those_of_differences():
 
 def run_unequal_loss_net():
     names = ["prediction", "target", "inside", "outside"]
-    net_of(detection_net.smooth_l1_loss("loss", names),
-           [(name, (3, 4 + (name == "target"))) for name in names])
+    net_of([(name, (3, 4 + (name == "target"))) for name in names],
+           detection_net.add_smooth_l1_loss, "loss", names)
 
 
 def test_a_loss_of_unequal_shapes_is_refused():
