@@ -13,6 +13,7 @@ infinite, which for a learning rate that is tried is a result like others.  `tes
 command, or repeats in the result that the run diverged.
 """
 import argparse
+import hashlib
 import logging
 import os
 import shutil
@@ -23,7 +24,6 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import guarded
 import results
-from run_folder import sha256
 
 log = logging.getLogger("trial")
 
@@ -96,7 +96,12 @@ def fingerprint(command: Sequence[str], folder: str) -> Dict[str, object]:
     inside = os.path.abspath(folder) + os.sep
     files = [word for word in words[1:]
              if os.path.isfile(word) and not os.path.abspath(word).startswith(inside)]
-    return {"command": words, "files": {path: sha256(path) for path in files}}
+    return {"command": words, "files": {path: _sha256(path) for path in files}}
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:  # run_folder's would load matplotlib for every short job
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def run(command: List[str]) -> int:
