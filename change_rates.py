@@ -197,6 +197,8 @@ def _one_pass(graph: ScaleGraph, names: Sequence[str], rng: np.random.Generator,
             scaled.layer.blobs[0].diff[...] = 0  # Caffe adds to what is there
     working.backward()
     found = [moments(scaled, working, products) for scaled in graph.owners()]
+    images = len(working.blob(working.layers[0].tops[0]).data)
+    found = [one if len(one.squares) == images else _of_rows(one, images) for one in found]
     return Moments(np.concatenate([one.squares for one in found], axis=1),
                    np.concatenate([one.products for one in found]))
 
@@ -235,6 +237,17 @@ def moments(scaled: AffineScales, working: WorkingNet, products: bool = True) ->
         found = _of_convolution(scaled, bottom, top * np.float32(1 / peak / size), products)
         peak *= size  # fourth powers of what is far from 1 are beyond float32
     return Moments(found.squares * peak ** 2, found.products * peak ** 4)
+
+
+def _of_rows(found: Moments, images: int) -> Moments:
+    """Moments by image where a layer sees another number of rows: a Reshape may fold channels, or
+    regions, into the batch.
+
+    Rows have their own losses as long as nothing above joins them again; images get equal parts.
+    """
+    share = len(found.squares) / images
+    return Moments(np.tile(found.squares.sum(axis=0) / images, (images, 1)),
+                   found.products * share ** 2)
 
 
 def _of_products(scaled: AffineScales, bottom: np.ndarray, top: np.ndarray) -> Moments:

@@ -219,10 +219,15 @@ def test_im2col_holds_what_the_kernel_sees(shape, geometry):
 # Expectations over random losses
 # ---------------------------------------------------------------------------------------------
 
-def test_rates_are_equation_1_by_finite_differences(monkeypatch):
+@pytest.mark.parametrize("between", [
+    layer("relu", "ReLU", "conv", "conv") + layer("top", "AbsVal", "conv"),
+    layer("top", "Reshape", "conv", "", "reshape_param { shape { dim: -1 dim: 2 dim: 2 dim: 2 } }")
+    + layer("relu", "ReLU", "top", "top"),
+], ids=["plain", "channels folded into the batch"])
+def test_rates_are_equation_1_by_finite_differences(monkeypatch, between):
     monkeypatch.setattr(change_rates, "LOSSES", 30000)
     text = DATA + layer("conv", "Convolution", "data", "", CONV % "kernel_size: 3 stride: 2") \
-        + layer("relu", "ReLU", "conv", "conv") + layer("fc", "InnerProduct", "conv", "", FC % "")
+        + between + layer("fc", "InnerProduct", "top", "", FC % "")
     working = working_net(text, IMAGES)
     run(working, np.random.default_rng(2).standard_normal((IMAGES, 3, SIZE, SIZE)))
     expected = []
