@@ -2,10 +2,10 @@
 
     python experiments/tables.py table2 --config experiments/paper.yaml --out build/tables
 
-writes OUT/table2.md, .html, .tex and .csv from whatever runs there are by now: a cell that was not run
-says so.  Ours is the mean average precision (11-point, %) over the seeds with its standard error.
-Where several learning rates were tried, the one with the best mean is shown, chosen on the test
-set as the paper seems to have done; the CSV holds it.
+writes OUT/table2.md, .html, .tex and .csv from whatever runs there are by now: a cell that was not
+run says so.  Ours is the mean average precision (11-point, %) over the seeds with its standard
+error.  Where several learning rates were tried, the one with the best mean is shown, chosen on the
+test set as the paper seems to have done; the CSV holds it.
 """
 import argparse
 import math
