@@ -11,7 +11,7 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do \
 EXTRAS ?= cpu,dev
 RUN = .venv/bin/python
 
-.PHONY: venv test lint demo bench study clean
+.PHONY: venv test lint demo bench study workflow clean
 
 venv: .venv/installed
 
@@ -52,6 +52,11 @@ DATA ?= cifar10_mini.npz
 
 study: venv
 	$(RUN) experiments/study.py --data '$(DATA)' --out build/study
+
+# every rule of experiments/Snakefile, on generated data
+workflow: venv
+	$(RUN) -m snakemake --snakefile experiments/Snakefile --configfile experiments/tiny.yaml \
+	  --cores 2 --rerun-incomplete --quiet -- all
 
 clean:
 	rm -rf build .venv *.egg-info

@@ -24,7 +24,7 @@ EXPERIMENTS = [
     "PyYAML>=5.3,<7",
 ]
 WORKFLOW = [
-    "snakemake==7.32.4",
+    "snakemake[reports]==7.32.4",
     "pulp<2.8",  # snakemake 7 calls a function that later ones do not have
 ]
 
