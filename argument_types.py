@@ -1,7 +1,8 @@
 """Numbers and devices on command lines, checked where they are typed.
 
-    import argument_types
-    parser.add_argument("--iterations", type=argument_types.count, default=80000)
+As in parser.add_argument("--iterations", type=argument_types.count, default=80000).
+
+    python -c "import argument_types; print(argument_types.count('80000'))"
 """
 import argparse
 import os

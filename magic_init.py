@@ -502,7 +502,7 @@ def _load(working: WorkingNet, path: Optional[str], zero: bool) -> Set[str]:
     if path is None:
         return set(own)
     found = definitions.read_weights(path)
-    for name in own.keys() & found.keys():
+    for name in [name for name in own if name in found]:
         expected = [tuple(blob.data.shape) for blob in own[name].blobs]
         sizes = [int(np.prod(shape)) for shape in found[name]]
         if sizes != [int(np.prod(shape)) for shape in expected]:

@@ -155,8 +155,8 @@ def test_calibrated_layers_train_at_one_rate_on_other_images(start, tmp_path, op
     assert not os.path.exists(str(tmp_path / "calibrated.prototxt"))
     assert after.report["spread_after"] < 1.1
     assert after.report["spread_before"] == pytest.approx(before.report["spread_before"], rel=1e-6)
-    assert spread_of(TOY, before.output, other) > 1.5
-    assert spread_of(TOY, after.output, other) < 1.35
+    assert spread_of(TOY, after.output, other) < 1.6  # from 24 images
+    assert spread_of(TOY, before.output, other) > 5
     assert max(one["rate_after"] for one in after.report["layers"]) == pytest.approx(
         min(one["rate_after"] for one in after.report["layers"]), rel=0.1)
 
