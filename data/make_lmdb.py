@@ -91,10 +91,10 @@ def read_list(path: str) -> List[Entry]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        image, _, label = line.strip().rpartition(" ")
-        if not image or not label.isdigit():
+        fields = line.strip().rsplit(None, 1)
+        if len(fields) != 2 or not fields[1].isdigit():
             raise ValueError("%s: line %d is not 'path label': %s" % (path, number, line))
-        entries.append(Entry(image.strip(), int(label)))
+        entries.append(Entry(fields[0], int(fields[1])))
     if not entries:
         raise ValueError("%s: the list is empty" % path)
     return entries
@@ -216,7 +216,8 @@ def _write_chunk(out: str, stored: Sequence[Entry], start: int, futures: Sequenc
             except (ValueError, OSError) as error:
                 log.warning("left out: %s", error)
             else:
-                transaction.put(_key(place, stored[place].path), record, append=True)
+                if not transaction.put(_key(place, stored[place].path), record, append=True):
+                    raise ValueError("%s: another process writes into it" % out)
             bar.update()
 
 
