@@ -46,8 +46,9 @@ CONSTANT = 1e-10
 ROUNDING = 1e-12
 # Rates within this factor of each other are equal; measuring again would not tell.
 EQUAL = 1.05
-# Standard error of layers' log rates, from batch to batch, below which measuring ends.
+# Standard error of layers' log rates, over images, below which measuring ends.
 UNCERTAIN = 0.02
+UNCERTAIN_FROM_SCRATCH = 0.1
 # Log scales that change less leave layers that are nearly homogeneous (LRN) as they were.
 SMALL = 0.1
 # A rescaled net's outputs may differ by this part of their std.
@@ -309,7 +310,8 @@ def measure_in_turns(session: "Session", graph: ScaleGraph,
             bar.update()
             measured = rescale.changed_rates(graph, measured, scales)
             settled = arguments.alpha * step.at_response < SMALL
-            if turn and settled and arguments.alpha == 1:
+            if turn and settled and arguments.alpha == 1 and \
+                    measured.uncertainty() < UNCERTAIN_FROM_SCRATCH:
                 break
             another = session.measure(graph, turn, measured)
             measured = measured.joined(another) if settled else another

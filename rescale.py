@@ -26,7 +26,7 @@ GOAL = 1.2
 # models/README.md.
 BLOCK_WEIGHT = 0.1
 # How much a log scale of an output that may move counts against a layer's log rate in `solve`.
-OUTPUT_WEIGHT = 0.01
+OUTPUT_WEIGHT = 0.1
 
 
 # ---------------------------------------------------------------------------------------------
