@@ -8,8 +8,10 @@ uniformly random place, mirrored half of the time, interpolated linearly.
 Data sets are objects with `labels` (n, ...) float32, `name(index)` and `read(index)`, which
 returns an uint8 image (height, width, channels) or raises ValueError where it is broken.
 
-    from image_batches import Crops, ImageBatches, VocImages
     batch = ImageBatches(VocImages("VOCdevkit/VOC2007", "trainval"), Crops(227, 227), 10, 0)(0)
+
+    cd experiments && python -c "import image_batches as i
+    print(i.VocImages('../VOCdevkit/VOC2007', 'trainval').labels.shape)"
 """
 import importlib
 import os

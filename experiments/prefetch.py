@@ -3,10 +3,11 @@
 Processes, because pycaffe keeps Python's global lock while Caffe computes: threads would stand
 still just when they should work.  Arrays come through shared memory, only shapes through pipes.
 
-    from prefetch import Prefetcher
     batches = Prefetcher(make, arguments, workers=2, slot_bytes=1 << 20)
     batches.start(0)
     arrays = batches.next()
+
+    python experiments/bench_training.py --voc VOCdevkit/VOC2007  # what it costs
 """
 import contextlib
 import ctypes

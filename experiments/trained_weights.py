@@ -1,7 +1,9 @@
 """Weights into nets: checked before Caffe, which aborts on shapes that differ.
 
-    from trained_weights import load_weights
     left = load_weights(caffe_net, "caffenet.caffemodel", fresh=["fc8"])
+
+    python experiments/classify_voc.py train models/caffenet/deploy.prototxt caffenet.caffemodel \\
+        build/voc --voc VOCdevkit/VOC2007
 """
 import tempfile
 from typing import Any, List, Sequence, Tuple
