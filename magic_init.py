@@ -484,7 +484,7 @@ def work(arguments: argparse.Namespace, paths: Sequence[str], output: str) -> Re
     notes += ["layer type %s is not in the table of scales: its blobs keep theirs" % kind
               for kind in sorted(set(graph.unknown_types))]
     names = [scaled.layer.name for scaled in graph.owners()]
-    return Result([_written(record, graph, found.log_scales) for record in records],
+    return Result(_written(records, session, graph, found.log_scales, loaded),
                   _pairs(names, found.before.by_layer(), found.after.by_layer()),
                   _pairs(names, found.before.variation(), found.after.variation()),
                   session.batches * session.size, notes, list(found.changes),
@@ -523,11 +523,24 @@ def _filler_notes(layer: Layer, fresh: Set[str]) -> List[str]:
     return ["layer '%s' (%s) keeps the values of its own filler" % (layer.name, layer.type)]
 
 
-def _written(record: LayerRecord, graph: ScaleGraph, log_scales: np.ndarray) -> LayerRecord:
-    """A record with the output's mean and std after the blobs got their scales."""
-    form = next(one.scale_out for one in graph.affine if one.layer.name == record.name)
-    scale = float(np.exp(rescale.value(form, log_scales)))
-    return record._replace(mean=record.mean * scale, std=record.std * scale)
+def _written(records: List[LayerRecord], session: Session, graph: ScaleGraph,
+             log_scales: np.ndarray, loaded: bool) -> List[LayerRecord]:
+    """Records with the outputs' mean and std in the net that is written.
+
+    They follow from the blobs' scales, but where LRN layers stay as they are: there one batch is
+    run again.
+    """
+    responses = any(layer.type == "LRN" for layer in session.working.layers)
+    if responses and not loaded and log_scales.any():
+        walk = caffe_net.walk(session.working, BlobStore(np.inf), 1, STOPS,
+                              lambda _: session.put(session.measured[-1]))
+        seen = {stop.layer.name: stop.statistics.overall() for stop in walk if stop.statistics}
+        return [record._replace(mean=seen[record.name][0], std=float(np.sqrt(seen[record.name][1])))
+                for record in records]
+    scales = {one.layer.name: float(np.exp(rescale.value(one.scale_out, log_scales)))
+              for one in graph.affine}
+    return [record._replace(mean=record.mean * scales[record.name],
+                            std=record.std * scales[record.name]) for record in records]
 
 
 def _pairs(names: Sequence[str], before: np.ndarray,
