@@ -165,6 +165,9 @@ def find(image: np.ndarray, search: Search) -> np.ndarray:
 def _searched(paths: Sequence[str], search: Search, cache: str,
               processes: int) -> Iterator[None]:
     """Fill the cache for `paths`, yielding after each; a process that dies is an error."""
+    if processes == 1:
+        yield from (_search_file(path, search, cache) for path in paths)
+        return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context, _begin) as pool:
         try:
