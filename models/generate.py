@@ -78,6 +78,8 @@ def definitions() -> Dict[str, str]:
             "CaffeNet_ungrouped", ABOUT_UNGROUPED, deploy(ungrouped, side=227)),
         "caffenet_tiny/deploy.prototxt": definition(
             "CaffeNet_tiny", ABOUT_TINY, deploy(caffenet(CAFFENET_TINY), side=99)),
+        "caffenet_small/deploy.prototxt": definition(
+            "CaffeNet_small", ABOUT_SMALL, deploy(caffenet(CAFFENET_SMALL, drop=False), side=115)),
         "caffenet_cifar/deploy.prototxt": definition(
             "CaffeNet_CIFAR", ABOUT_CIFAR, deploy(caffenet(CAFFENET_CIFAR), side=32)),
         "caffenet_cifar_nolrn/deploy.prototxt": definition(
@@ -174,6 +176,23 @@ CAFFENET_TINY = [
     Row("fc8", 20, 0, 1, 0, 1, 0.08, 0),
 ]
 
+ABOUT_SMALL = """\
+CaffeNet's layers at a fraction of its width and half its stride, for detecting small objects
+(experiments/detection_demo.py): cells of conv5 are 8 pixels apart.  Without dropout, which such
+narrow layers do not need.  Fillers are made as caffenet_tiny's.  197,172 parameters.
+"""
+CAFFENET_SMALL = [
+    # name, outputs, kernel, stride, pad, group, std, bias
+    Row("conv1", 16, 7, 2, 0, 1, 0.016, 0),
+    Row("conv2", 32, 5, 1, 2, 2, 0.025, 1),
+    Row("conv3", 48, 3, 1, 1, 1, 0.03, 0),
+    Row("conv4", 48, 3, 1, 1, 2, 0.03, 1),
+    Row("conv5", 32, 3, 1, 1, 2, 0.03, 1),
+    Row("fc6", 128, 0, 1, 0, 1, 0.014, 1),
+    Row("fc7", 64, 0, 1, 0, 1, 0.03, 1),
+    Row("fc8", 20, 0, 1, 0, 1, 0.08, 0),
+]
+
 ABOUT_CIFAR = """\
 A small net in CaffeNet's image for 32x32 colour images of 10 classes (CIFAR-10, Krizhevsky 2009).
 251,018 parameters.
@@ -212,11 +231,12 @@ CAFFENET_CIFAR_HALF = [
 ]
 
 
-def caffenet(rows: Sequence[Row], lrn: bool = True, normalise: bool = False) -> Layers:
+def caffenet(rows: Sequence[Row], lrn: bool = True, normalise: bool = False,
+             drop: bool = True) -> Layers:
     """Return CaffeNet's layers from conv1 to fc8, with the affine layers in `rows`.
 
-    `lrn` keeps the local response normalisations; `normalise` follows every affine layer but
-    the last by BatchNorm and Scale.
+    `lrn` keeps the local response normalisations and `drop` the dropouts; `normalise` follows
+    every affine layer but the last by BatchNorm and Scale.
     """
     layers: Layers = []
     bottom = "data"
@@ -241,7 +261,7 @@ def caffenet(rows: Sequence[Row], lrn: bool = True, normalise: bool = False) -> 
         if lrn and row.name in ("conv1", "conv2"):
             layers.append(local_response("norm" + number, bottom))
             bottom = "norm" + number
-        if not row.kernel_size:
+        if drop and not row.kernel_size:
             layers.append(dropout("drop" + number, bottom, 0.5))
     return layers
 
