@@ -32,6 +32,7 @@ from caffe_net import BlobStore, Layer, Statistics, Stop, WorkingNet
 from change_rates import ChangeRates
 from report import LayerRecord, Result
 from scales import ScaleGraph
+from trained_weights import load_weights
 
 log = logging.getLogger("magic_init")
 
@@ -465,7 +466,10 @@ def work(arguments: argparse.Namespace, paths: Sequence[str], output: str) -> Re
     working = session.working
     if not working.affine:
         raise ValueError("%s: no layer has weights to initialise" % arguments.prototxt)
-    fresh = _load(working, arguments.load, arguments.zero)
+    fresh = set(working.net.params)
+    if arguments.load:
+        left = load_weights(working.net, arguments.load)
+        fresh = fresh if arguments.zero else set(left)
     notes = [note for layer in working.layers for note in _filler_notes(layer, fresh)]
     plan = Plan(fresh, arguments.type, arguments.within, arguments.bias, session.batches)
     store = BlobStore(arguments.mem_limit * 1e6)
@@ -492,28 +496,6 @@ def work(arguments: argparse.Namespace, paths: Sequence[str], output: str) -> Re
                       found.definition),
                   found.difference, session.seconds,
                   results.provenance(arguments.seed, arguments.argv))
-
-
-def _load(working: WorkingNet, path: Optional[str], zero: bool) -> Set[str]:
-    """Load a caffemodel; return the layers that it leaves to initialise, with `zero` all.
-
-    Raises ValueError naming the layer and both shapes where they do not fit, or the file where it
-    has none of the net's layers.
-    """
-    own = {layer.name: layer for layer in working.layers if len(layer.blobs)}
-    if path is None:
-        return set(own)
-    found = definitions.read_weights(path)
-    for name in [name for name in own if name in found]:
-        expected = [tuple(blob.data.shape) for blob in own[name].blobs]
-        sizes = [int(np.prod(shape)) for shape in found[name]]
-        if sizes != [int(np.prod(shape)) for shape in expected]:
-            raise ValueError("%s: layer '%s' has blobs of shapes %s there, %s in this net"
-                             % (path, name, found[name], expected))
-    if not own.keys() & found.keys():
-        raise ValueError("%s: has none of this net's layers" % path)
-    working.net.copy_from(path)
-    return set(own) if zero else own.keys() - found.keys()
 
 
 def _filler_notes(layer: Layer, fresh: Set[str]) -> List[str]:
