@@ -40,6 +40,7 @@ KEYS: Dict[str, Any] = {
     "pad": int, "measure_every": int, "learning_rates": list, "seeds": list,
     "initialisations": dict}
 MAY_BE_ZERO = ("pad", "momentum", "weight_decay")
+FINALISTS = 2  # learning rates of a row that are tried with all seeds
 ROW_KEYS = {"method", "scaling", "tables"}
 
 
@@ -181,20 +182,23 @@ def prepare(path: str, settings: Dict[str, Any], rows: Sequence[Initialisation],
 # ---------------------------------------------------------------------------------------------
 
 def run_all(study: Study, jobs: int) -> List[Dict[str, Any]]:
-    """Return the results of all trials: all rates with the first seed, then all other seeds."""
+    """Return the results of all trials: all rates with the first seed, the best of them with all.
+    """
     seeds, rates = study.settings["seeds"], study.settings["learning_rates"]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         _starts(study, seeds, pool)
-        first = _trials(study, pool, [(row, rate, seeds[0]) for row in study.rows
-                                      for rate in rates])
-        chosen = {row.name: study_report.best_rate(row.name, first) for row in study.rows}
-        for name, rate in chosen.items():
+        trials = _trials(study, pool, [(row, rate, seeds[0]) for row in study.rows
+                                       for rate in rates])
+        chosen = {row.name: study_report.best_rates(row.name, trials)[:FINALISTS]
+                  for row in study.rows}
+        trials += _trials(study, pool, [(row, rate, seed) for seed in seeds[1:]
+                                        for row in study.rows for rate in chosen[row.name]])
+    for row in study.rows:
+        for rate in study_report.best_rates(row.name, trials)[:1]:
             at_end = len(rates) > 1 and rate in (min(rates), max(rates))
-            log.info("%s: learning rate %s%s", name, rate,
+            log.info("%s: learning rate %g%s", row.name, rate,
                      ", the last one tried: others may be better" if at_end else "")
-        others = _trials(study, pool, [(row, chosen[row.name], seed) for seed in seeds[1:]
-                                       for row in study.rows if chosen[row.name] is not None])
-    return first + others
+    return trials
 
 
 def _starts(study: Study, seeds: Sequence[int], pool: Any) -> None:

@@ -19,28 +19,31 @@ COLUMNS = ("initialisation", "method", "scaling", "tables", "learning_rate", "tr
            "validation_error_of_mean")
 
 
-def best_rate(name: str, trials: Sequence[Dict[str, Any]]) -> Optional[float]:
-    """Return the rate of the trial of `name` with the best validation accuracy, the smaller of
-    equals; None where all diverged."""
-    mine = [trial for trial in trials if trial["initialisation"] == name
-            and trial["validation_accuracy"] is not None]
-    if not mine:
-        return None
-    return min(mine, key=lambda one: (-one["validation_accuracy"], one["learning_rate"]))[
-        "learning_rate"]
+def best_rates(name: str, trials: Sequence[Dict[str, Any]]) -> List[float]:
+    """Return the learning rates of the trials of `name`, best first, among those tried most often.
+
+    Best is the mean validation accuracy, of equals the smaller rate; a diverged trial counts as 0
+    and rates of which all trials diverged are left out.
+    """
+    tried: Dict[float, List[Optional[float]]] = {}
+    for trial in trials:
+        if trial["initialisation"] == name:
+            tried.setdefault(trial["learning_rate"], []).append(trial["validation_accuracy"])
+    most = max((len(found) for found in tried.values()), default=0)
+    means = {rate: sum(value or 0.0 for value in found) / most for rate, found in tried.items()
+             if len(found) == most and any(value is not None for value in found)}
+    return sorted(means, key=lambda rate: (-means[rate], rate))
 
 
-def summary(rows: Sequence[Any], trials: Sequence[Dict[str, Any]],
-            first_seed: int) -> List[Dict[str, Any]]:
-    """Return a line of COLUMNS for every row of the study, accuracies in %.
+def summary(rows: Sequence[Any], trials: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Return a line of COLUMNS for every row of the study at its best rate, accuracies in %.
 
-    The rate is chosen among the trials of the first seed; diverged trials are counted, not
-    averaged.
+    Diverged trials are counted, not averaged.
     """
     lines = []
     for row in rows:
         mine = [trial for trial in trials if trial["initialisation"] == row.name]
-        rate = best_rate(row.name, [one for one in mine if one["seed"] == first_seed])
+        rate = next(iter(best_rates(row.name, mine)), None)
         chosen = [one for one in mine if one["learning_rate"] == rate]
         ended = [one for one in chosen if one["diverged"] is None]
         line = {"initialisation": row.name, "method": row.method, "scaling": row.scaling,
@@ -80,7 +83,7 @@ def _cell(line: Dict[str, Any], part: str) -> str:
 def write(rows: Sequence[Any], trials: Sequence[Dict[str, Any]], measure_every: int, out: str,
           provenance: Dict[str, Any]) -> None:
     """Write study.json, study.csv, study.md and study.png into `out`."""
-    lines = summary(rows, trials, provenance["settings"]["seeds"][0])
+    lines = summary(rows, trials)
     results.write_json(os.path.join(out, "study.json"), {
         **provenance, "rows": lines, "trials": trials})
     results.write_csv(os.path.join(out, "study.csv"), COLUMNS,
@@ -116,10 +119,10 @@ def draw(rows: Sequence[Any], lines: Sequence[Dict[str, Any]],
         for axis in (left, right):
             axis.set_xlabel("iteration")
             axis.grid(alpha=0.3)
-        right.legend(fontsize=7, loc="lower right")
+        left.legend(fontsize=7, loc="upper right")
     figure.tight_layout()
     with guarded.replacing(os.path.join(out, "study.png")) as temporary:
-        figure.savefig(temporary, format="png", dpi=90)
+        figure.savefig(temporary, format="png", dpi=75)
 
 
 def _draw_row(left: Any, right: Any, name: str, folders: Sequence[str], every: int,
