@@ -387,9 +387,9 @@ TABLE: Dict[str, Rule] = {
     "Tile": along_axis, "Reverse": along_axis, "Crop": cropped, "Reduction": reduced,
     "Filter": selected, "BatchReindex": selected, "ArgMax": largest,
     "Split": through,
-    "BNLL": fixed, "Exp": fixed, "Log": fixed, "Sigmoid": fixed, "Softmax": fixed, "Swish": fixed,
-    "TanH": fixed, "Threshold": fixed, "LSTM": fixed, "LSTMUnit": fixed, "RNN": fixed,
-    "ContinuationIndicator": fixed,
+    "BNLL": fixed, "Clip": fixed, "Exp": fixed, "Log": fixed, "Sigmoid": fixed, "Softmax": fixed,
+    "Swish": fixed, "TanH": fixed, "Threshold": fixed, "LSTM": fixed, "LSTMUnit": fixed,
+    "RNN": fixed, "ContinuationIndicator": fixed,
 }
 
 

@@ -79,6 +79,7 @@ CASES = [
     Case("Bias"),
     Case("Bias", "bias_param { axis: 2 num_axes: 2 }"),
     Case("Bias", bottoms=TWO, parameters="bias_param { axis: 0 }"),
+    Case("Clip", "clip_param { min: -0.5 max: 0.5 }", carries=""),
     Case("Concat", bottoms=TWO, carries=ALL + " bottoms"),
     Case("Concat", "concat_param { axis: -3 }", bottoms=TWO, carries=ALL + " bottoms"),
     Case("Concat", "concat_param { concat_dim: 1 }", bottoms=TWO, carries=ALL + " bottoms"),
