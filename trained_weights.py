@@ -2,8 +2,8 @@
 
     left = load_weights(caffe_net, "caffenet.caffemodel", fresh=["fc8"])
 
-    python experiments/classify_voc.py train models/caffenet/deploy.prototxt caffenet.caffemodel \\
-        build/voc --voc VOCdevkit/VOC2007
+    python magic_init.py models/caffenet_tiny/deploy.prototxt new.caffemodel -d 'photos/*' \\
+        --load old.caffemodel
 """
 import tempfile
 from typing import Any, List, Sequence, Tuple
