@@ -38,14 +38,17 @@ demo: venv
 	  --report build/caffenet.json --figure build/caffenet.png
 	@echo "look at build/caffenet.png"
 
-# other photographs: make bench PHOTOS='init/*' MEASURE='others/*'
+# other photographs: make bench PHOTOS='init/*' MEASURE='others/*' VOC=VOCdevkit/VOC2007
 PHOTOS ?= build/photographs/*
 MEASURE ?= build/photographs_to_measure/*
+VOC ?= build/tiny/data/VOC2007
 
 bench: venv
 	$(RUN) data/photographs.py build/photographs
 	$(RUN) data/photographs.py build/photographs_to_measure --count 60 --seed 1
 	$(RUN) experiments/bench.py --data '$(PHOTOS)' --measure '$(MEASURE)' --out build/bench.json
+	test -d build/tiny/data || $(RUN) data/make_tiny.py build/tiny/data
+	$(RUN) experiments/bench_training.py --voc '$(VOC)' --cpu
 
 # tables 1 and 2 in small, on any small images with labels: make study DATA=file.npz
 DATA ?= cifar10_mini.npz
