@@ -86,7 +86,8 @@ def definitions() -> Dict[str, str]:
             "CaffeNet_CIFAR_noLRN", ABOUT_CIFAR_NOLRN,
             deploy(caffenet(CAFFENET_CIFAR, lrn=False), side=32)),
         "caffenet_cifar_half/deploy.prototxt": definition(
-            "CaffeNet_CIFAR_half", ABOUT_CIFAR_HALF, deploy(caffenet(CAFFENET_CIFAR_HALF), side=32)),
+            "CaffeNet_CIFAR_half", ABOUT_CIFAR_HALF,
+            deploy(caffenet(CAFFENET_CIFAR_HALF), side=32)),
         "googlenet/deploy.prototxt": definition(
             "GoogleNet", ABOUT_GOOGLENET, deploy(googlenet(), side=224)),
         "googlenet/train_val.prototxt": definition(
