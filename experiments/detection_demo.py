@@ -13,7 +13,7 @@ import os
 import resource
 import shutil
 import sys
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import cv2
 import numpy as np
@@ -21,20 +21,29 @@ import numpy as np
 import argument_types
 import definitions
 import detect_voc
+import detection
 import detection_net
 import guarded
 import magic_init
 import proposals
 import results
-from argument_types import count, positive
+from argument_types import count
+from average_precision import Detections
+from caffe_net import use_device
+from detection_batches import read_image, scaled_size
 from training import load_weights
 from voc import Voc
 
 NET = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models",
                    "caffenet_small", "deploy.prototxt")
 IMAGES = 160  # that the net is initialised from (paper, section 4)
+RATE = 0.003
+SCALES = (240, 300, 360)  # shorter sides of images in training; the middle one in testing
+MAX_SIZE = 600
+SEARCH_K = 100  # smaller than selective search's usual 150: there are many small objects
 ROWS, COLUMNS = 4, 3  # test images in the picture
 TILE = (320, 240)  # width and height of each in pixels
+SHOWN = 0.6  # the picture shows detections with this score or more
 
 
 class Steps:
@@ -43,10 +52,10 @@ class Steps:
     def __init__(self) -> None:
         self.seconds: Dict[str, float] = {}
 
-    def run(self, name: str, main: Callable[[Sequence[str]], int], *arguments: Any) -> None:
+    def run(self, name: str, main: Callable[[Sequence[str]], int], words: List[str]) -> None:
         """Run a command's main function; raises SystemExit where it has ended with an error."""
         before = _processor_seconds()
-        status = main([str(argument) for argument in arguments])
+        status = main(words)
         self.seconds[name] = round(_processor_seconds() - before, 1)
         if status:
             raise SystemExit(status)
@@ -65,47 +74,75 @@ def _processor_seconds() -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry out the demonstration; return the exit status."""
+    if sorted(arguments.iterations) != arguments.iterations:
+        raise ValueError("--iterations must ascend")
     voc, out = Voc(arguments.voc), arguments.out
     os.makedirs(out, exist_ok=True)
     guarded.check_writable(os.path.join(out, "demo.json"))
-    photographs, initial = [os.path.join(out, name) for name in ("photographs",
-                                                                 "initial.caffemodel")]
-    link_images(voc, photographs)
     steps = Steps()
-    search = ["--search-k", arguments.search_k, "--search-side", arguments.search_side,
-              "--cache", arguments.cache]
-    steps.run("proposals", proposals.main, arguments.voc, "trainval", "test", *search)
-    steps.run("initialisation", magic_init.main, arguments.net, initial, "--data", photographs,
-              "--type", "kmeans", "--calibrate", "--batches", IMAGES // 16, "--seed",
-              arguments.seed, "--cpu", "--quiet")
+    initial = initialise(arguments, voc, steps)
     untrained = os.path.join(out, "random_scores.caffemodel")
-    guarded.in_child(write_untrained, arguments.net, initial, len(voc.classes), arguments.seed,
-                     untrained)
-    both = ["--voc", arguments.voc, "--max-size", arguments.max_size, "--cpu", *search]
-    measured = []
-    for iterations in [0, *arguments.iterations]:
-        trained, run_folder = untrained, os.path.join(out, "run")
-        if iterations:
-            steps.run("training to %d" % iterations, detect_voc.main, "train", arguments.net,
-                      initial, run_folder, *both, "--iterations", iterations, "--lr",
-                      arguments.lr, "--step", arguments.step, "--scales", *arguments.scales,
-                      "--seed", arguments.seed, "--snapshot", iterations, "--resume")
-            trained = os.path.join(run_folder, "final.caffemodel")
-        result = os.path.join(out, "result_%d.json" % iterations)
-        drawn = os.path.join(out, "drawn_%d" % iterations)
-        steps.run("testing after %d" % iterations, detect_voc.main, "test", arguments.net,
-                  trained, *both, "--scales", arguments.test_scale, "--out", result, "--draw",
-                  drawn)
-        measured.append({"iterations": iterations, **_scores(result)})
-    write_picture(os.path.join(out, "detections.jpg"), drawn, voc.images("test"))
+    guarded.in_child(write_untrained, initial, len(voc.classes), arguments.seed, untrained)
+    measured = [test(arguments, steps, untrained, 0)]
+    for iterations in arguments.iterations:
+        trained = train(arguments, steps, initial, iterations)
+        measured.append(test(arguments, steps, trained, iterations))
+    guarded.in_child(write_picture, test_command(arguments, trained, iterations),
+                     os.path.join(out, "detections.jpg"))
+    minutes = sum(steps.seconds.values()) / 60
     results.write_json(os.path.join(out, "demo.json"), {
-        "measured": measured, "processor_seconds": steps.seconds,
-        "processor_minutes": sum(steps.seconds.values()) / 60,
+        "measured": measured, "processor_seconds": steps.seconds, "processor_minutes": minutes,
         **results.provenance(arguments.seed)})
     for row in measured:
         print("mAP after %5d iterations: %.4f" % (row["iterations"], row["mAP"]))
-    print("%.1f minutes of processor time" % (sum(steps.seconds.values()) / 60))
+    print("%.1f minutes of processor time" % minutes)
     return 0
+
+
+def initialise(arguments: argparse.Namespace, voc: Voc, steps: Steps) -> str:
+    """Find proposals and initialise the net; return the caffemodel's path."""
+    photographs = os.path.join(arguments.out, "photographs")
+    initial = os.path.join(arguments.out, "initial.caffemodel")
+    link_images(voc, photographs)
+    steps.run("proposals", proposals.main, [arguments.voc, "trainval", "test",
+                                            "--search-k", str(SEARCH_K), "--cache",
+                                            arguments.cache])
+    steps.run("initialisation", magic_init.main, [
+        NET, initial, "--data", photographs, "--type", "kmeans", "--calibrate", "--batches",
+        str(IMAGES // 16), "--seed", str(arguments.seed), "--cpu", "--quiet"])
+    return initial
+
+
+def train(arguments: argparse.Namespace, steps: Steps, initial: str, iterations: int) -> str:
+    """Train up to `iterations`, going on with what there is; return the caffemodel's path."""
+    folder = os.path.join(arguments.out, "run")
+    dropped = max(arguments.iterations[-1] * 3 // 4, 1)
+    steps.run("training to %d" % iterations, detect_voc.main, [
+        "train", NET, initial, folder, *_data(arguments), "--iterations", str(iterations),
+        "--lr", str(RATE), "--step", str(dropped), "--scales", *map(str, SCALES), "--seed",
+        str(arguments.seed), "--snapshot", str(iterations), "--resume"])
+    return os.path.join(folder, "final.caffemodel")
+
+
+def test(arguments: argparse.Namespace, steps: Steps, weights: str,
+         iterations: int) -> Dict[str, Any]:
+    """Return the average precisions of a net after `iterations`."""
+    command = test_command(arguments, weights, iterations)
+    steps.run("testing after %d" % iterations, detect_voc.main, command)
+    content = results.read_json(command[-1])
+    return {"iterations": iterations, **{name: content[name] for name in (
+        "mAP", "mAP_area", "AP", "seconds_per_image")}}
+
+
+def test_command(arguments: argparse.Namespace, weights: str, iterations: int) -> List[str]:
+    """Return the words of a `detect_voc.py test` command; the last is its result's path."""
+    return ["test", NET, weights, *_data(arguments), "--scales", str(SCALES[1]), "--out",
+            os.path.join(arguments.out, "result_%d.json" % iterations)]
+
+
+def _data(arguments: argparse.Namespace) -> List[str]:
+    return ["--voc", arguments.voc, "--max-size", str(MAX_SIZE), "--cpu", "--search-k",
+            str(SEARCH_K), "--cache", arguments.cache]
 
 
 def link_images(voc: Voc, folder: str) -> None:
@@ -117,32 +154,35 @@ def link_images(voc: Voc, folder: str) -> None:
         os.symlink(os.path.abspath(path), os.path.join(folder, os.path.basename(path)))
 
 
-def write_untrained(net: str, weights: str, classes: int, seed: int, path: str) -> None:
+def write_untrained(weights: str, classes: int, seed: int, path: str) -> None:
     """Write a detection net's weights before training: the scores' are random.
 
     Runs in a child process.
     """
     definitions.import_caffe().set_random_seed(seed)
-    skeleton = detection_net.skeleton_of(definitions.read_definition(net))
+    skeleton = detection_net.skeleton_of(definitions.read_definition(NET))
     built = definitions.build(detection_net.testing_net(skeleton, classes))
     load_weights(built, weights, detection_net.FRESH)
     with guarded.replacing(path) as temporary:
         built.save(temporary)
 
 
-def _scores(path: str) -> Dict[str, Any]:
-    content = results.read_json(path)
-    return {name: content[name] for name in ("mAP", "mAP_area", "AP", "seconds_per_image")}
-
-
 # ---------------------------------------------------------------------------------------------
 # The picture
 # ---------------------------------------------------------------------------------------------
 
-def write_picture(path: str, drawn: str, images: Sequence[str]) -> None:
-    """Write a grid of pictures that `detect_voc.py test --draw` made, evenly from the split."""
-    shown = images[::max(len(images) // (ROWS * COLUMNS), 1)][:ROWS * COLUMNS]
-    tiles = [tile(cv2.imread(os.path.join(drawn, image + ".jpg"))) for image in shown]
+def write_picture(words: Sequence[str], path: str) -> None:
+    """Write a grid of the test images with the surest detections; objects are white.
+
+    `words` are those of `test_command`.  Runs in a child process.
+    """
+    arguments = detect_voc.parser().parse_args(words)
+    voc = Voc(arguments.voc)
+    use_device(None)
+    scored = detect_voc.detect(arguments, voc, gpu=False)
+    surest = [found.scores.max(initial=0) for found in scored.detections]
+    order = np.argsort(-np.array(surest), kind="stable")[:ROWS * COLUMNS]
+    tiles = [tile(voc, scored, int(index)) for index in order]
     tiles += [np.full_like(tiles[0], 255)] * (ROWS * COLUMNS - len(tiles))
     grid = np.vstack([np.hstack(tiles[row:row + COLUMNS])
                       for row in range(0, ROWS * COLUMNS, COLUMNS)])
@@ -150,14 +190,20 @@ def write_picture(path: str, drawn: str, images: Sequence[str]) -> None:
         file.write(cv2.imencode(".jpg", grid, [cv2.IMWRITE_JPEG_QUALITY, 75])[1].tobytes())
 
 
-def tile(image: np.ndarray) -> np.ndarray:
-    """Return an image made to fit a TILE with a white border, uint8 (height, width, 3)."""
+def tile(voc: Voc, scored: detect_voc.Scored, index: int) -> np.ndarray:
+    """Return an image with its detections that fits a TILE with a white border, uint8 BGR."""
+    found, truth = scored.detections[index], scored.objects[index]
+    image = read_image(voc.image_path(scored.images[index]), truth.width, truth.height)
     width, height = TILE
-    scale = min((width - 4) / image.shape[1], (height - 4) / image.shape[0])
-    fitted = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    scale = min((width - 4) / truth.width, (height - 4) / truth.height)
+    small = cv2.resize(image, scaled_size(truth.width, truth.height, scale),
+                       interpolation=cv2.INTER_AREA)
+    sure = found.scores >= SHOWN
+    shown = Detections(found.boxes[sure] * scale, found.scores[sure], found.classes[sure])
+    drawn = detection.picture(small, shown, voc.classes, truth.boxes * scale)
     whole = np.full((height, width, 3), 255, np.uint8)
-    top, left = (height - fitted.shape[0]) // 2, (width - fitted.shape[1]) // 2
-    whole[top:top + fitted.shape[0], left:left + fitted.shape[1]] = fitted
+    top, left = (height - drawn.shape[0]) // 2, (width - drawn.shape[1]) // 2
+    whole[top:top + drawn.shape[0], left:left + drawn.shape[1]] = drawn
     return whole
 
 
@@ -171,19 +217,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add = parser.add_argument
     add("--voc", required=True, metavar="DIR", help="folder in VOC's layout")
     add("--out", required=True, metavar="DIR", help="folder for everything; a run in it is resumed")
-    add("--net", default=NET, metavar="NET", help="default models/caffenet_small")
     add("--iterations", type=count, nargs="+", default=[1000, 4000], metavar="N",
-        help="after which mAP is measured, ascending (default 1000 4000)")
-    add("--lr", type=positive, default=0.003, metavar="RATE", help="default %(default)g")
-    add("--step", type=count, default=3000, metavar="N",
-        help="iterations after which the rate is divided by 10 (default %(default)d)")
-    add("--scales", type=count, nargs="+", default=[300], metavar="PIXELS",
-        help="lengths of images' shorter sides in training (default 300)")
-    add("--test-scale", type=count, default=300, metavar="PIXELS", help="default %(default)d")
-    add("--max-size", type=count, default=600, metavar="PIXELS",
-        help="longest side of an image (default %(default)d)")
-    add("--search-k", type=count, default=100, metavar="K", help="default %(default)d")
-    add("--search-side", type=count, default=500, metavar="PIXELS", help="default %(default)d")
+        help="after which mAP is measured, ascending; the learning rate drops after three "
+             "quarters of the last (default 1000 4000)")
     add("--cache", default=proposals.DEFAULT_CACHE, metavar="DIR", help="default %(default)s")
     add("--seed", type=argument_types.natural, default=0, metavar="N", help="default %(default)d")
     return guarded.command_line(run, parser.parse_args(argv), parser.prog)
