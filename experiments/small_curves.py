@@ -220,11 +220,11 @@ def _train(options: Sequence[str]) -> None:
     arguments = train_imagenet.parse(options)
     measured = train_imagenet.validation(arguments)
     plan = train_imagenet.training_plan(arguments, [], measured)
-    train(plan._replace(solver=fixed_rate(plan.solver, arguments.preset)))
+    train(plan._replace(solver=fixed_rate(plan.solver, arguments.preset, arguments.batch_size)))
 
 
-def fixed_rate(solver: Any, preset: str) -> Any:
-    """Return a preset's solver at the rate that it starts with, for our smaller batches.
+def fixed_rate(solver: Any, preset: str, batch_size: int) -> Any:
+    """Return a preset's solver at the rate that it starts with, for smaller batches.
 
     Gradients' noise grows with the root of what a batch is smaller by; so the rate falls.
     """
@@ -233,7 +233,7 @@ def fixed_rate(solver: Any, preset: str) -> Any:
     for field in ("gamma", "stepsize", "power"):
         fixed.ClearField(field)
     fixed.lr_policy = "fixed"
-    fixed.base_lr *= (BATCH_SIZE / train_imagenet.PRESETS[preset].batch_size) ** 0.5
+    fixed.base_lr *= (batch_size / train_imagenet.PRESETS[preset].batch_size) ** 0.5
     return fixed
 
 
