@@ -177,6 +177,8 @@ def start(request, monkeypatch):
 
 
 def test_a_parent_with_caffe_or_threads_is_not_forked(monkeypatch):
+    others, counted = threading.active_count() - 1, threading.active_count  # of other tests
+    monkeypatch.setattr(threading, "active_count", lambda: counted() - others)
     monkeypatch.setitem(sys.modules, "caffe", None)
     assert guarded._start_method() == "spawn"
     monkeypatch.delitem(sys.modules, "caffe")
@@ -243,13 +245,10 @@ def test_an_abort_is_caffes_own_check_on_one_line(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_libraries_are_silent_and_the_program_is_heard(capfd, start):
-    handler = logging.StreamHandler(sys.stderr)
-    logging.getLogger().addHandler(handler)
-    try:
-        in_child(chattering)
-    finally:
-        logging.getLogger().removeHandler(handler)
+def test_libraries_are_silent_and_the_program_is_heard(capfd, start, monkeypatch):
+    # other tests' commands leave handlers whose streams are closed by now
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(sys.stderr)])
+    in_child(chattering)
     seen = capfd.readouterr()
     assert seen.err == "a word to the user\na message\n"
     assert seen.out == "a result\n"

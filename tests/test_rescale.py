@@ -326,7 +326,8 @@ def test_outputs_of_a_net_from_scratch_move_where_they_pull_apart():
     step = rescale.solve_from_scratch(working, measured(graph))
     rescale.apply_to_weights(step.graph, step.log_scales)
     run(working)
-    assert spread(measured(graph).by_layer()) < 1.05
+    # not wholly equal: OUTPUT_WEIGHT keeps outputs near their scale
+    assert spread(measured(graph).by_layer()) < rescale.GOAL
 
 
 def test_the_single_output_of_a_net_from_scratch_stays():
