@@ -18,7 +18,7 @@ import shutil
 import sys
 import threading
 import time
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -177,12 +177,7 @@ def run_test(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
 def detect(arguments: argparse.Namespace, voc: Voc, gpu: bool) -> Scored:
     """Return what the net finds in the test images."""
     skeleton, net = _testing_net(arguments, len(voc.classes), gpu)
-    split = voc.images(TEST_SPLIT)
-    found = proposals.load(voc, split, arguments, arguments.limit)
-    images = split[:arguments.limit]
-    objects = [voc.objects(image) for image in images]
-    for image, item, rows in zip(images, objects, found):
-        detection_batches.check_inside(rows, item.width, item.height, image)
+    images, objects, found = _test_images(arguments, voc)
     sizes = [(item.width, item.height) for item in objects]
     feed = Prefetcher(make_testing_images, (
         [voc.image_path(image) for image in images], sizes, arguments.scales,
@@ -193,16 +188,14 @@ def detect(arguments: argparse.Namespace, voc: Voc, gpu: bool) -> Scored:
     feed.start(0)
     tqdm.set_lock(threading.RLock())  # its default, a semaphore, outlives a process that aborts
     try:
-        for image, (width, height), rows in zip(tqdm(images, unit="image", disable=None), sizes,
-                                                found):
-            (pixels,) = feed.next()
+        for number in tqdm(range(len(images)), unit="image", disable=None):
+            (pixels,), (width, height) = feed.next(), sizes[number]
             scale = scale_of(width, height, arguments.scales, arguments.max_size)
-            try:
-                scores, moved = detection.scored_rois(net, skeleton.image, skeleton.stride, pixels,
-                                                      scale, rows)
-            except ValueError as error:
-                raise ValueError("%s: image %s: %s"
-                                 % (arguments.weights, image, error)) from error
+            scores, moved = detection.scored_rois(net, skeleton.image, skeleton.stride, pixels,
+                                                  scale, found[number])
+            if not (np.isfinite(scores).all() and np.isfinite(moved).all()):
+                raise ValueError("%s: the net's scores of image %s are not finite"
+                                 % (arguments.weights, images[number]))
             collected.add(scores, moved, width, height)
     finally:
         feed.close()
@@ -210,7 +203,20 @@ def detect(arguments: argparse.Namespace, voc: Voc, gpu: bool) -> Scored:
     return Scored(images, objects, detections, (time.monotonic() - started) / len(images))
 
 
-def _testing_net(arguments: argparse.Namespace, classes: int, gpu: bool) -> Any:
+def _test_images(arguments: argparse.Namespace,
+                 voc: Voc) -> Tuple[List[str], List[Objects], List[np.ndarray]]:
+    """The images to score, their annotations and their proposals, seen to fit each other."""
+    split = voc.images(TEST_SPLIT)
+    found = proposals.load(voc, split, arguments, arguments.limit)
+    images = split[:arguments.limit]
+    objects = [voc.objects(image) for image in images]
+    for image, item, rows in zip(images, objects, found):
+        detection_batches.check_inside(rows, item.width, item.height, image)
+    return images, objects, found
+
+
+def _testing_net(arguments: argparse.Namespace, classes: int,
+                 gpu: bool) -> Tuple[detection_net.Skeleton, Any]:
     skeleton = detection_net.skeleton_of(definitions.read_definition(arguments.net))
     native = detection_net.native_types(gpu)
     net = definitions.build(detection_net.testing_net(skeleton, classes, native))

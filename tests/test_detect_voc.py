@@ -197,9 +197,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(files, voc_folder, capfd):
     assert "the loss is" in capfd.readouterr().err
 
 
+def spoil_weights(path):
+    """Make the first number of bbox_pred NaN."""
+    content = definitions.caffe_messages().NetParameter.FromString(path.read_bytes())
+    (layer,) = [layer for layer in content.layer if layer.name == "bbox_pred"]
+    layer.blobs[0].data[0] = np.nan
+    path.write_bytes(content.SerializeToString())
+
+
 def test_weights_that_do_not_fit_and_images_that_cannot_be_read_are_named(files, voc_folder,
                                                                           capfd):
     assert train(files, voc_folder, "run", "--iterations", "1") == 0
+    weights = (files / "run" / "final.caffemodel").read_bytes()
+    spoil_weights(files / "run" / "final.caffemodel")
+    assert test(files, voc_folder, "run/final.caffemodel") == 2
+    assert "the net's scores of image 000013 are not finite" in capfd.readouterr().err
+    (files / "run" / "final.caffemodel").write_bytes(weights)
     path = Voc(voc_folder).image_path("000014")
     assert cv2.imwrite(path, np.zeros((50, 50, 3), np.uint8))
     assert test(files, voc_folder, "run/final.caffemodel") == 2

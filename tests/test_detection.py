@@ -1,7 +1,6 @@
 """Contracts of experiments/detection.py: which detections are kept, and the files of them."""
 import cv2
 import numpy as np
-import pytest
 
 import detection
 from average_precision import Detections
@@ -91,23 +90,3 @@ def test_pictures_show_sure_detections_in_colour_and_objects_in_white(voc_folder
     sure, unsure, truth = [np.abs(drawn - before)[int(y), int(x)].max() for x, y in (
         (150, 40), (60, 97), voc.objects(image).boxes[0][[0, 1]])]
     assert sure > 40 and truth > 40 and unsure < 30
-
-
-@pytest.mark.parametrize("score", [np.nan, np.inf])
-def test_scores_that_are_not_finite_are_an_error(score):
-    class Blob:
-        def __init__(self, data):
-            self.data = data
-
-        def reshape(self, *shape):
-            self.data = np.zeros(shape)
-
-    class Net:
-        blobs = {"data": Blob(np.zeros(1)), "rois": Blob(np.zeros(1)),
-                 "cls_prob": Blob(np.full((1, 2), score)), "bbox_pred": Blob(np.zeros((1, 8)))}
-
-        def forward(self):
-            pass
-
-    with pytest.raises(ValueError, match="scores are not finite"):
-        detection.scored_rois(Net(), "data", 16, np.zeros((3, 32, 32)), 1.0, spread(1))
