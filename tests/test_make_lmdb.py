@@ -89,6 +89,15 @@ def test_a_record_holds_what_opencv_decodes_and_resizes(images):
         assert stored[number][1] == number % 7
 
 
+@pytest.mark.parametrize("shape", [(5, 4, 3), (1, 200, 1), (300, 300, 3)])
+def test_a_record_is_what_protobuf_writes(shape):
+    image = np.random.default_rng(2).integers(0, 256, shape).astype(np.uint8)
+    datum = definitions.caffe_messages().Datum(
+        channels=shape[2], height=shape[0], width=shape[1], label=1234,
+        data=image.transpose(2, 0, 1).tobytes())
+    assert image_database.pixel_record(image, 1234).tobytes() == datum.SerializeToString()
+
+
 def test_without_resize_images_keep_their_size_and_encoded_ones_their_bytes(images):
     assert run(images, "raw.lmdb") == 0
     assert run(images, "encoded.lmdb", "--encoded") == 0
@@ -167,7 +176,7 @@ def test_check_finds_a_wrong_label_a_lost_record_and_an_unfinished_run(images, c
         assert transaction.delete(key)
     assert run(images, "a.lmdb", "--check") == 2
     assert "holds %d images of %d" % (ENOUGH - 1, ENOUGH) in capsys.readouterr().err
-    record = image_database.pixel_record(np.zeros((3, 8, 8), np.uint8), 6)
+    record = image_database.pixel_record(np.zeros((8, 8, 3), np.uint8), 6)
     with make_lmdb.lmdb.open(str(images / "a.lmdb")) as environment, \
             environment.begin(write=True) as transaction:
         transaction.put(key, record)
