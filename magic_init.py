@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import sys
+import threading
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
@@ -444,6 +445,7 @@ class Session:
         self._clock = now
 
     def bar(self, phase: str, total: int) -> Any:
+        tqdm.set_lock(threading.RLock())  # its default, a semaphore, outlives a process that aborts
         return tqdm(total=total, desc=phase, disable=self._quiet, file=sys.stderr, leave=False)
 
 

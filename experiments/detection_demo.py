@@ -41,9 +41,9 @@ RATE = 0.003
 SCALES = (240, 300, 360)  # shorter sides of images in training; the middle one in testing
 MAX_SIZE = 600
 SEARCH_K = 100  # smaller than selective search's usual 150: there are many small objects
-ROWS, COLUMNS = 4, 3  # test images in the picture
-TILE = (320, 240)  # width and height of each in pixels
-SHOWN = 0.6  # the picture shows detections with this score or more
+ROWS, COLUMNS = 3, 3  # test images in the picture
+TILE = (400, 300)  # width and height of each in pixels
+SHOWN = 0.9  # the picture shows detections with this score or more
 
 
 class Steps:
@@ -176,6 +176,7 @@ def write_picture(words: Sequence[str], path: str) -> None:
 
     `words` are those of `test_command`.  Runs in a child process.
     """
+    guarded.log_to_stderr(quiet=True)
     arguments = detect_voc.parser().parse_args(words)
     voc = Voc(arguments.voc)
     use_device(None)
@@ -187,7 +188,7 @@ def write_picture(words: Sequence[str], path: str) -> None:
     grid = np.vstack([np.hstack(tiles[row:row + COLUMNS])
                       for row in range(0, ROWS * COLUMNS, COLUMNS)])
     with guarded.replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(cv2.imencode(".jpg", grid, [cv2.IMWRITE_JPEG_QUALITY, 75])[1].tobytes())
+        file.write(cv2.imencode(".jpg", grid, [cv2.IMWRITE_JPEG_QUALITY, 65])[1].tobytes())
 
 
 def tile(voc: Voc, scored: detect_voc.Scored, index: int) -> np.ndarray:
