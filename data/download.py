@@ -1,6 +1,6 @@
 """Downloads by HTTP that go on where they were interrupted, for pooch.
 
-    PYTHONPATH=data python -c "import download; download.complete('http://host/a.tar', 'a.tar')"
+    python data/fetch.py caffenet --to datasets
 
 Whether the content is right is for the caller's checksum to say.
 """

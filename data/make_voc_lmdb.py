@@ -1,6 +1,7 @@
 """Packs the images of a VOC folder's split into an LMDB, with the labels (paper, section 4).
 
-    python data/make_voc_lmdb.py --voc VOCdevkit/VOC2007 --split trainval build/trainval.lmdb
+    python data/make_voc_lmdb.py --voc datasets/VOCdevkit/VOC2007 --split trainval \\
+        build/trainval.lmdb
 
 The image files are stored as they are.  A run that is killed leaves no OUT.lmdb, only a hidden
 folder .OUT.lmdb.*.part that may be deleted.

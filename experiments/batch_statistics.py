@@ -10,6 +10,8 @@ the weights load into BatchNorm again.
       name: "bn" type: "Python" bottom: "x" top: "x"
       python_param { module: "batch_statistics" layer: "BatchStatistics" param_str: "{}" }
     }
+
+    PYTHONPATH=experiments python -c "import batch_statistics as b; print(b.BatchStatistics)"
 """
 import json
 from typing import Any, Sequence

@@ -5,7 +5,8 @@ and the median times are compared.  The processor time of the processes that rea
 Caffe's, which means something on a busy machine, too.  Then memory is watched over 300 iterations
 of a small net.
 
-    python experiments/bench_training.py --voc VOCdevkit/VOC2007 --out build/bench_training.json
+    python experiments/bench_training.py --voc datasets/VOCdevkit/VOC2007 \\
+        --out build/bench_training.json
 """
 import argparse
 import logging

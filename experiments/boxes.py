@@ -3,7 +3,8 @@
 Everywhere in the detection code a box is a row (x1, y1, x2, y2) of pixel indices from 0 whose last
 column and row belong to the box, as in PASCAL VOC: a box is x2 - x1 + 1 pixels wide.
 
-    python -c "import boxes; print(boxes.suppressed([[0, 0, 9, 9], [0, 0, 9, 8]], [1, 2], 0.3))"
+    PYTHONPATH=experiments python -c "import boxes; \\
+        print(boxes.suppressed([[0, 0, 9, 9], [0, 0, 9, 8]], [1, 2], 0.3))"
 
 Overlap is `average_precision.overlaps`.
 """

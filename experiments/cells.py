@@ -3,7 +3,7 @@
 The Snakefile makes what is listed here, tables.py reads it; both find a run's files through
 `Places`.  Rows and columns are called as in the paper, numbers are mean average precision in %.
 
-    python -c "import cells; print(*cells.TABLES['table2'].cells, sep='\\n')"
+    PYTHONPATH=experiments python -c "import cells; print(*cells.TABLES['table2'].cells, sep='\\n')"
 """
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence

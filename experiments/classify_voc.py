@@ -1,9 +1,9 @@
 """PASCAL VOC classification: fine-tunes any net from any weights, and scores it (paper, section 4).
 
     python experiments/classify_voc.py train models/caffenet/deploy.prototxt caffenet.caffemodel \\
-        build/voc --voc VOCdevkit/VOC2007
+        build/voc --voc datasets/VOCdevkit/VOC2007
     python experiments/classify_voc.py test models/caffenet/deploy.prototxt \\
-        build/voc/final.caffemodel --voc VOCdevkit/VOC2007 --out build/voc/result.json
+        build/voc/final.caffemodel --voc datasets/VOCdevkit/VOC2007 --out build/voc/result.json
 
 Training: sigmoid cross-entropy over the classes on one random crop of each image; SGD, 80,000
 iterations of 10 images, momentum 0.9, learning rate 0.001 halved every 10,000 (paper); weight

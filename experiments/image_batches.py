@@ -10,8 +10,8 @@ returns an uint8 image (height, width, channels) or raises ValueError where it i
 
     batch = ImageBatches(VocImages("VOCdevkit/VOC2007", "trainval"), Crops(227, 227), 10, 0)(0)
 
-    cd experiments && python -c "import image_batches as i
-    print(i.VocImages('../VOCdevkit/VOC2007', 'trainval').labels.shape)"
+    PYTHONPATH=experiments python -c "import image_batches as i; \\
+        print(i.VocImages('datasets/VOCdevkit/VOC2007', 'trainval').labels.shape)"
 """
 import importlib
 import os

@@ -10,8 +10,8 @@ In a definition (see `training_net.image_source_layer`):
 Caffe imports the module by its name, so this folder has to be on PYTHONPATH where Caffe's own
 command reads such a definition; a script in this folder finds it.
 
-    python experiments/classify_voc.py train models/caffenet/deploy.prototxt none build/voc \\
-        --voc VOCdevkit/VOC2007
+    python experiments/classify_voc.py train models/caffenet/deploy.prototxt caffenet.caffemodel \\
+        build/voc --voc datasets/VOCdevkit/VOC2007
 """
 import json
 from typing import Any, Sequence

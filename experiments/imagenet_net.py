@@ -3,8 +3,8 @@
 What feeds a definition and what scores it is taken off; a softmax loss is put on every output,
 those before the last counting 0.3 times (Szegedy et al. 2015), and the training error beside it.
 
-    python -c "import definitions as d, imagenet_net as n
-    print(n.classifier(d.read_definition('models/googlenet/deploy.prototxt'), 32, 1000).outputs)"
+    PYTHONPATH=experiments python -c "import definitions as d, imagenet_net as n; \\
+        print(n.classifier(d.read_definition('models/googlenet/deploy.prototxt'), 32, 9).outputs)"
 """
 from typing import Any, List, NamedTuple
 

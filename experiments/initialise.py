@@ -1,7 +1,7 @@
 """Every initialisation that tables 1 and 2 of the paper compare, each by one command.
 
     python experiments/initialise.py models/caffenet/deploy.prototxt build/kmeans.caffemodel \\
-        --method ours-kmeans --voc VOCdevkit/VOC2007
+        --method ours-kmeans --voc datasets/VOCdevkit/VOC2007
 
 Methods (section 4.2), for all affine layers, biases 0 but where the definition is the method:
     gaussian   N(0, 0.01^2), the standard deviation of figure 1's random weights

@@ -6,7 +6,8 @@ read everything again that it had read before.  Here any image is read by its nu
 a batch holds is a function of (seed, batch), in a new order each epoch.  A disk that is slow at
 random reads wants a database that fits into memory: `make_lmdb.py --encoded`.
 
-    python -c "from lmdb_images import LmdbImages as I; print(len(I('build/val.lmdb', 10).labels))"
+    PYTHONPATH=experiments python -c "import lmdb_images; \\
+        print(lmdb_images.LmdbImages('build/val.lmdb', 1000).labels.shape)"
 """
 import functools
 import os

@@ -7,7 +7,8 @@ still just when they should work.  Arrays come through shared memory, only shape
     batches.start(0)
     arrays = batches.next()
 
-    python experiments/bench_training.py --voc VOCdevkit/VOC2007  # what it costs
+    python experiments/bench_training.py --voc datasets/VOCdevkit/VOC2007 \\
+        --out build/bench_training.json
 """
 import contextlib
 import ctypes

@@ -6,7 +6,8 @@
     OUTDIR/snapshot_N.caffemodel, .solverstate   the last two, to resume from
     OUTDIR/final.caffemodel                      the trained net
 
-    python -c "import run_folder; print(run_folder.last_snapshot('build/run'))"
+    PYTHONPATH=experiments python -c "import run_folder; \\
+        print(run_folder.last_snapshot('build/reference'))"
 """
 import csv
 import glob

@@ -1,7 +1,7 @@
 """Draws images at random: to initialise from, to measure on, to look up (paper, section 4).
 
-    python experiments/sample_images.py --voc VOCdevkit/VOC2007 --split trainval --count 160 \
-        --seed 0 --out build/images
+    python experiments/sample_images.py --voc datasets/VOCdevkit/VOC2007 --split trainval \
+        --count 160 --seed 0 --out build/images
     python experiments/sample_images.py --list train.txt --root ILSVRC2012/train --count 100 50000 \
         --seed 0 --out build/queries.txt build/pool.txt
 

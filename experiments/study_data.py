@@ -1,6 +1,7 @@
 """Small images with labels from an .npz file, split and laid out for study.py.
 
-    python -c "import study_data; print(study_data.read('cifar10_mini.npz').train_images.shape)"
+    PYTHONPATH=experiments python -c "import study_data; \\
+        print(study_data.read('cifar10_mini.npz').train_images.shape)"
 """
 import os
 from typing import NamedTuple, Tuple

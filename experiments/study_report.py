@@ -1,6 +1,6 @@
 """What came out of study.py: every trial, a table, and learning curves.
 
-    study_report.write(rows, trials, measure_every, "build/study", provenance)
+    python experiments/study.py --data cifar10_mini.npz --out build/study
 """
 import os
 from typing import Any, Dict, List, Optional, Sequence

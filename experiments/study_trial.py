@@ -1,7 +1,6 @@
 """One training of study.py: a net from given weights on small images, then its test.
 
-    from study_trial import Trial, run_trial
-    result = guarded.in_child(run_trial, trial)
+    python experiments/study.py --data cifar10_mini.npz --out build/study
 """
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple

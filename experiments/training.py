@@ -8,8 +8,8 @@ layer may have `begin(batch)`, called before the first step with the number of b
 has already used, so that its data is a function of (seed, batch); then `close()` is called at the
 end.
 
-    python experiments/classify_voc.py train models/caffenet/train_val.prototxt none build/voc \\
-        --voc VOCdevkit/VOC2007
+    python experiments/classify_voc.py train models/caffenet/deploy.prototxt caffenet.caffemodel \\
+        build/voc --voc datasets/VOCdevkit/VOC2007
 """
 import contextlib
 import logging

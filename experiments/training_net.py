@@ -4,8 +4,8 @@ What feeds a definition and what scores it is taken off; a data source and a los
 put on.  Of several outputs the last is kept, so that a GoogLeNet trains without its intermediate
 losses (section 4.4).
 
-    python -c "import definitions as d, training_net as t
-    print(t.classifier(d.read_definition('models/googlenet/train_val.prototxt'), 10, 20).layer)"
+    PYTHONPATH=experiments python -c "import definitions as d, training_net as t; \\
+        print(t.classifier(d.read_definition('models/googlenet/deploy.prototxt'), 10, 20).layer)"
 """
 import json
 import tempfile

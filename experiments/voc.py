@@ -5,7 +5,7 @@ A folder holds `ImageSets/Main/SPLIT.txt` (one image id a line), `ImageSets/Main
 `Annotations/ID.xml`.  Source: The PASCAL Visual Object Classes Challenge 2007, development kit,
 section 4 (Everingham et al.).
 
-    python experiments/voc.py VOCdevkit/VOC2007
+    python experiments/voc.py datasets/VOCdevkit/VOC2007
 """
 import collections
 import logging

@@ -3,7 +3,8 @@
 OUT.lmdb holds `data.mdb` (Caffe Datum messages with the image files as they are, by image id;
 no label) and `ImageSets/Main` (the lists of one split, as in the folder).
 
-    python data/make_voc_lmdb.py --voc VOCdevkit/VOC2007 --split trainval build/trainval.lmdb
+    python data/make_voc_lmdb.py --voc datasets/VOCdevkit/VOC2007 --split trainval \\
+        build/trainval.lmdb
 """
 import contextlib
 import functools

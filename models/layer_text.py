@@ -2,7 +2,8 @@
 
 A layer is a dictionary of its fields; `definition` writes a list of them as a network definition.
 
-    cd models && python -c "import layer_text as t; print(t.definition('', '', [t.relu('r', 'x')]))"
+    PYTHONPATH=models python -c "import layer_text as t; \\
+        print(t.definition('', '', [t.relu('r', 'x')]))"
 """
 from typing import Any, Dict, Iterator, List, Optional, Union
 
