@@ -166,7 +166,9 @@ def _searched(paths: Sequence[str], search: Search, cache: str,
               processes: int) -> Iterator[None]:
     """Fill the cache for `paths`, yielding after each; a process that dies is an error."""
     if processes == 1:
-        yield from (_search_file(path, search, cache) for path in paths)
+        for path in paths:
+            _search_file(path, search, cache)
+            yield
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context, _begin) as pool:
