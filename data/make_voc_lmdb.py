@@ -13,17 +13,13 @@ import sys
 from typing import Optional, Sequence
 
 import guarded
-
-# The readers belong to the experiments, which nobody installs.
-sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "experiments"))
-from voc import Voc  # noqa: E402
-from voc_lmdb import write  # noqa: E402
+from voc import Voc
+from voc_lmdb import write
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Make the database that the command line names; return the exit status."""
-    parser = argparse.ArgumentParser(prog="make_voc_lmdb.py",
-                                     description=(__doc__ or "").splitlines()[0])
+    parser = guarded.Parser(prog="make_voc_lmdb.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", metavar="OUT.lmdb", help="folder to write; it must not exist")
     parser.add_argument("--voc", metavar="DIR", required=True,
                         help="VOC-layout folder, such as VOCdevkit/VOC2007")

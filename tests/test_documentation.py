@@ -61,8 +61,8 @@ SHORTER = {
         "--classes 3 --iterations 2 --batch-size 2 --validate-every 1 --workers 0 --cpu",
     "experiments/trial.py train": "--iterations 2 --batch-size 2 --workers 0 --cpu",
     "experiments/trial.py test": "--crops 2 --workers 0 --cpu",
-    "experiments/voc.py": "",
     "models/generate.py": "--to build/models",
+    "voc.py": "",
 }
 # Scripts that are not run here, and why.
 READ_ONLY = {

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+import voc
 from voc import Voc
 
 
@@ -161,3 +162,12 @@ def test_a_folder_above_the_data_set_is_an_error_that_names_the_right_one(voc_fo
 def test_an_unknown_split_is_an_error(voc_folder):
     with pytest.raises(ValueError, match=r"disc_val\.txt: cannot read the list of images"):
         Voc(voc_folder).images("val")
+
+
+def test_the_command_counts_the_images_of_each_class(voc_folder, tmp_path, capsys):
+    assert voc.main([voc_folder]) == 0
+    assert re.sub(" +", " ", capsys.readouterr().out) == (
+        "trainval: 12 images\n disc 7 present 2 difficult\n square 7 present 0 difficult\n"
+        "test: 8 images\n disc 5 present 1 difficult\n square 5 present 0 difficult\n")
+    assert voc.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -5,19 +5,20 @@ A folder holds `ImageSets/Main/SPLIT.txt` (one image id a line), `ImageSets/Main
 `Annotations/ID.xml`.  Source: The PASCAL Visual Object Classes Challenge 2007, development kit,
 section 4 (Everingham et al.).
 
-    python experiments/voc.py datasets/VOCdevkit/VOC2007
+    python voc.py datasets/VOCdevkit/VOC2007
 """
+import argparse
 import collections
 import logging
 import math
 import os
 import sys
 import xml.etree.ElementTree as ElementTree
-from typing import Dict, List, NamedTuple, Set
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set
 
 import numpy as np
 
-from guarded import command_line
+import guarded
 
 STANDARD_SPLITS = ("train", "val", "trainval", "test")
 FLAGS = {"-1": -1, "0": 0, "1": 1, "+1": 1}
@@ -240,11 +241,18 @@ def _hint(root: str) -> str:
 # Command line
 # ---------------------------------------------------------------------------------------------
 
-def _describe(root: str) -> None:
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Describe the folder that the command line names; return the exit status."""
+    parser = guarded.Parser(prog="voc.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("voc", metavar="DIR", help="folder in VOC's layout")
+    return guarded.command_line(_describe, parser.parse_args(argv), parser.prog)
+
+
+def _describe(arguments: argparse.Namespace) -> None:
     """Print how many images of each split show each class."""
-    voc = Voc(root)
+    voc = Voc(arguments.voc)
     for split in STANDARD_SPLITS:
-        if os.path.isfile(os.path.join(root, "ImageSets", "Main", split + ".txt")):
+        if os.path.isfile(os.path.join(voc.root, "ImageSets", "Main", split + ".txt")):
             labels = voc.labels(split)
             print("%s: %d images" % (split, len(labels)))
             for name, column in zip(voc.classes, labels.T):
@@ -253,6 +261,4 @@ def _describe(root: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python experiments/voc.py FOLDER")
-    sys.exit(command_line(_describe, sys.argv[1], "voc.py"))
+    sys.exit(main())
