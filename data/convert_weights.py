@@ -63,7 +63,7 @@ class Report(NamedTuple):
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = guarded.Parser(
         prog="convert_weights.py", description="Bring foreign weights to another definition.")
     parser.add_argument("source", metavar="IN.prototxt", help="the foreign definition")
     parser.add_argument("weights", metavar="IN.caffemodel", help="its weights")

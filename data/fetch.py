@@ -42,8 +42,7 @@ class Source(NamedTuple):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Fetch what the command line names; return the exit status."""
-    parser = argparse.ArgumentParser(prog="fetch.py",
-                                     description=(__doc__ or "").splitlines()[0])
+    parser = guarded.Parser(prog="fetch.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", metavar="NAME", nargs="+",
                         help="voc2007, selective-search, caffenet, googlenet or vgg16")
     parser.add_argument("--to", metavar="DIR", default="datasets",

@@ -23,7 +23,7 @@ from voc import Voc
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = argparse.ArgumentParser(prog="sample_images.py", description=__doc__.splitlines()[0])
+    parser = guarded.Parser(prog="sample_images.py", description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--voc", metavar="DIR", help="folder in VOC's layout to draw from")
     source.add_argument("--list", metavar="FILE", help="list of lines 'path' or 'path label'")

@@ -47,7 +47,7 @@ class Entry(NamedTuple):
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = argparse.ArgumentParser(prog="tables.py", description=__doc__.splitlines()[0])
+    parser = guarded.Parser(prog="tables.py", description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="+", choices=sorted(TABLES), metavar="TABLE",
                         help="which: %(choices)s")
     parser.add_argument("--config", required=True, metavar="FILE.yaml",

@@ -36,8 +36,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     own, command = (given[:given.index("--")], given[given.index("--") + 1:]) \
         if "--" in given else (given, [])
-    parser = argparse.ArgumentParser(prog="trial.py", description=__doc__.splitlines()[0],
-                                     usage="%(prog)s train FOLDER | test FOLDER RESULT -- COMMAND")
+    parser = guarded.Parser(prog="trial.py", description=__doc__.splitlines()[0],
+                            usage="%(prog)s train FOLDER | test FOLDER RESULT -- COMMAND")
     commands = parser.add_subparsers(dest="what", required=True)
     for name in ("train", "test"):
         added = commands.add_parser(name)
