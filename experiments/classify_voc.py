@@ -29,7 +29,8 @@ import image_batches
 import results
 import run_folder
 import training_net
-from argument_types import count, natural, positive
+import training_options
+from argument_types import count, positive
 from average_precision import AveragePrecision, classification_ap
 from caffe_net import choose_device, use_device
 from definitions import caffe_messages
@@ -208,39 +209,30 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("net", metavar="NET", help="definition: deploy or train_val, any dialect")
-    add("weights", metavar="WEIGHTS", help="caffemodel to start from, or 'none' for the fillers "
-                                           "of the definition")
-    add("folder", metavar="OUTDIR", help="folder for final.caffemodel, snapshots, log.csv, "
-                                         "curve.png and run.json; made where it is missing")
+    training_options.add_run(parser)
     _add_common(parser)
     add("--iterations", type=count, default=80000, metavar="N", help="default %(default)d")
     add("--batch-size", type=count, default=10, metavar="N", help="images (default %(default)d)")
     add("--lr", type=positive, default=0.001, metavar="RATE",
         help="learning rate, halved every 10,000 iterations (default %(default)g)")
     add("--solver", choices=("SGD", "Adam"), default="SGD", help="default %(default)s")
-    add("--snapshot", type=count, default=5000, metavar="N",
-        help="iterations between snapshots (default %(default)d)")
-    add("--resume", action="store_true", help="go on from OUTDIR's last snapshot")
+    training_options.add_snapshots(parser, 5000)
     add("--random-from", metavar="LAYER",
         help="fill this layer and all after it afresh instead of loading them")
 
 
 def _add_test(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("net", metavar="NET", help="the definition given to train")
-    add("weights", metavar="WEIGHTS", help="final.caffemodel, or a snapshot's")
+    training_options.add_trained(parser)
     _add_common(parser)
-    add("--crops", type=count, default=10, metavar="N",
-        help="random crops of each image (default %(default)d)")
-    add("--out", required=True, metavar="FILE", help="JSON file to write")
+    parser.add_argument("--crops", type=count, default=10, metavar="N",
+                        help="random crops of each image (default %(default)d)")
+    parser.add_argument("--out", required=True, metavar="FILE", help="JSON file to write")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--voc", required=True, metavar="DIR",
-        help="folder in VOC's layout, as VOCdevkit/VOC2007, or an LMDB of make_voc_lmdb.py")
-    add("--seed", type=natural, default=0, metavar="N", help="default %(default)d")
+    parser.add_argument("--voc", required=True, metavar="DIR", help="folder in VOC's layout, as "
+                        "VOCdevkit/VOC2007, or an LMDB of make_voc_lmdb.py")
+    training_options.add_seed(parser)
     argument_types.add_workers(parser)
     argument_types.add_device(parser)
 

@@ -25,6 +25,7 @@ import definitions
 import guarded
 import imagenet_net
 import run_folder
+import training_options
 from argument_types import count, natural, positive
 from caffe_net import choose_device
 from definitions import caffe_messages
@@ -195,11 +196,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = guarded.Parser(prog="train_imagenet.py",
                             description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("net", metavar="NET", help="definition: deploy or train_val, any dialect")
-    add("weights", metavar="WEIGHTS", help="caffemodel to start from, or 'none' for the fillers "
-                                           "of the definition")
-    add("folder", metavar="OUTDIR", help="folder for curves.csv, log.csv, run.json, snapshots and "
-                                         "final.caffemodel; made where it is missing")
+    training_options.add_run(parser, "curves.csv, log.csv, run.json, snapshots and "
+                                     "final.caffemodel")
     add("--train", required=True, metavar="LMDB", help="database of data/make_lmdb.py")
     add("--val", required=True, metavar="LMDB", help="another one, to measure on")
     add("--classes", type=count, default=1000, metavar="N", help="default %(default)d")
@@ -216,10 +214,8 @@ def _parser() -> argparse.ArgumentParser:
         help="to subtract, blue green red (default: 104 117 123)")
     add("--validate-every", type=count, metavar="N",
         help="iterations between two rows of curves.csv (default: the preset's)")
-    add("--snapshot", type=count, default=10000, metavar="N",
-        help="iterations between snapshots (default %(default)d)")
-    add("--resume", action="store_true", help="go on from OUTDIR's last snapshot")
-    add("--seed", type=natural, default=0, metavar="N", help="default %(default)d")
+    training_options.add_snapshots(parser, 10000)
+    training_options.add_seed(parser)
     argument_types.add_workers(parser)
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--cpu", action="store_true", help="compute on the CPU")
