@@ -30,6 +30,7 @@ import curves
 import guarded
 import image_database
 import results
+import study_data
 import train_imagenet
 from argument_types import count
 from definitions import caffe_messages
@@ -38,7 +39,7 @@ from training import train
 log = logging.getLogger("small_curves")
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ARRAYS = {"train": ("train_images", "train_labels"), "val": ("test_images", "test_labels")}
+SIDE, CLASSES = 32, 10  # of the images that the nets are for
 BATCH_SIZE = 32
 INIT_IMAGES = 160
 
@@ -114,18 +115,15 @@ def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
 def prepare_data(path: str, out: str) -> None:
     """Write OUT/train.lmdb, OUT/val.lmdb and OUT/images, some of the training images as files.
 
-    Raises ValueError naming what the arrays in the file `path` lack.
+    Raises ValueError where the file `path` does not hold images that the nets are for.
     """
-    try:
-        with np.load(path) as file:
-            arrays = {split: [file[name] for name in names] for split, names in ARRAYS.items()}
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError("%s: not the arrays of small images (%s)" % (path, error)) from error
-    for split, (images, labels) in arrays.items():
-        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) \
-                or labels.shape != images.shape[:1] or labels.max() > 9:
-            raise ValueError("%s: %s must be uint8 (n, 32, 32, 3) with n labels up to 9"
-                             % (path, ARRAYS[split][0]))
+    data = study_data.read(path)
+    height, width = data.train_images.shape[1:3]
+    if (height, width) != (SIDE, SIDE) or data.classes > CLASSES:
+        raise ValueError("%s: images of %d x %d pixels and %d classes, not of %d x %d and at most "
+                         "%d" % (path, height, width, data.classes, SIDE, SIDE, CLASSES))
+    for split, images, labels in (("train", data.train_images, data.train_labels),
+                                  ("val", data.test_images, data.test_labels)):
         database = os.path.join(out, split + ".lmdb")
         shutil.rmtree(database, ignore_errors=True)
         image_database.write_database(database, (
@@ -133,7 +131,7 @@ def prepare_data(path: str, out: str) -> None:
             for image, label in zip(images, labels)))
     folder = os.path.join(out, "images")
     os.makedirs(folder, exist_ok=True)
-    for number, image in enumerate(arrays["train"][0][:INIT_IMAGES]):
+    for number, image in enumerate(data.train_images[:INIT_IMAGES]):
         cv2.imwrite(os.path.join(folder, "%04d.png" % number), image[:, :, ::-1])
 
 
@@ -206,7 +204,8 @@ def training_options(trial: Trial, definition: str, weights: str,
                      arguments: argparse.Namespace) -> List[str]:
     """Return the command line of train_imagenet.py for a trial."""
     options = [
-        definition, weights, trial.folder, "--preset", trial.case.preset, "--classes", "10",
+        definition, weights, trial.folder, "--preset", trial.case.preset, "--classes",
+        str(CLASSES),
         "--train", os.path.join(arguments.out, "train.lmdb"),
         "--val", os.path.join(arguments.out, "val.lmdb"),
         "--iterations", str(arguments.iterations), "--batch-size", str(BATCH_SIZE),

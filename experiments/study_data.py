@@ -1,4 +1,4 @@
-"""Small images with labels from an .npz file, split and laid out for study.py.
+"""Small images with labels from an .npz file, for study.py and small_curves.py.
 
     PYTHONPATH=experiments python -c "import study_data; \\
         print(study_data.read('cifar10_mini.npz').train_images.shape)"
@@ -28,8 +28,8 @@ class Data(NamedTuple):
 
 def read(path: str) -> Data:
     """Return the data in a file.  Raises ValueError naming the file and what it lacks."""
-    wanted = "the study needs an .npz with %s, images uint8 (n, height, width, 3) in RGB, labels " \
-             "from 0" % ", ".join(ARRAYS)
+    wanted = "what is needed is an .npz with %s, images uint8 (n, height, width, 3) in RGB, " \
+             "labels from 0" % ", ".join(ARRAYS)
     if not os.path.isfile(path):
         raise ValueError("%s: no such file: %s" % (path, wanted))
     try:

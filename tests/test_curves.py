@@ -149,8 +149,12 @@ def test_the_figures_in_small_from_arrays_to_table(arrays, tmp_path, monkeypatch
         out / "runs" / "caffenet_cifar_gaussian_0" / "run.json").st_mtime_ns == before
 
 
-def test_arrays_of_another_kind_are_an_error(tmp_path, capsys):
-    np.savez(str(tmp_path / "a.npz"), train_images=np.zeros((3, 32, 32), np.uint8))
-    command = ["--data", str(tmp_path / "a.npz"), "--out", str(tmp_path / "out")]
-    assert small_curves.main(command) == 2
-    assert "not the arrays of small images" in capsys.readouterr().err
+@pytest.mark.parametrize("side, classes", [(28, 10), (32, 11)])
+def test_images_that_the_nets_are_not_for_are_an_error(tmp_path, capsys, side, classes):
+    path = str(tmp_path / "a.npz")
+    images, labels = np.zeros((classes, side, side, 3), np.uint8), np.arange(classes)
+    np.savez(path, train_images=images, train_labels=labels, test_images=images,
+             test_labels=labels)
+    assert small_curves.main(["--data", path, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert path in error and "%d x %d pixels and %d classes" % (side, side, classes) in error
