@@ -8,7 +8,6 @@ import ast
 import os
 import re
 import shlex
-import subprocess
 import textwrap
 from typing import List
 
@@ -23,14 +22,13 @@ LISTINGS = ("ImageSets/Main/trainval.txt, test.txt ",)
 
 def documents() -> List[str]:
     """Every file of the repository that may show commands, but for the tests."""
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-                            cwd=ROOT, stdout=subprocess.PIPE, universal_newlines=True, check=False)
-    paths = listed.stdout.split("\n") if listed.returncode == 0 else [
-        os.path.relpath(os.path.join(folder, name), ROOT)
-        for folder, _, names in os.walk(ROOT) for name in names]
-    return sorted(path for path in paths if not re.match(r"tests/|build/|\.|.*egg-info", path)
-                  and os.path.exists(os.path.join(ROOT, path))
-                  and (path.endswith((".md", ".py", "Snakefile", "Dockerfile", "config.yaml"))))
+    found = []
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [name for name in folders if not name.startswith(".")
+                      and name not in ("build", "datasets", "tests", "__pycache__")]
+        found += [os.path.relpath(os.path.join(folder, name), ROOT) for name in names
+                  if name.endswith((".md", ".py", "Snakefile", "Dockerfile", "config.yaml"))]
+    return sorted(found)
 
 
 def shown(path: str) -> List[str]:
