@@ -205,17 +205,37 @@ class Places:
         """A pretrained model in the layers of this project's nets."""
         return os.path.join(self.root, "pretrained", name + ".caffemodel")
 
-    def folder(self, run: Run, rate: object, seed: object) -> str:
-        """The folder of a training run."""
-        return os.path.join(self.root, *run, "lr%s" % rate, "seed%s" % seed)
+    def folder(self, run: Run) -> str:
+        """The folder of a run's trainings."""
+        return os.path.join(self.root, *run)
 
-    def result(self, run: Run, rate: object, seed: object) -> str:
-        """What the test of a trained net gave."""
-        return os.path.join(self.folder(run, rate, seed), "result.json")
+    def result(self, run: Run, seed: object) -> str:
+        """What the test of a net gave that was trained at the chosen learning rate."""
+        return os.path.join(self.folder(run), "seed%s" % seed, "result.json")
+
+    def tried(self, run: Run, rate: str) -> str:
+        """What a learning rate led to on the images that are held back."""
+        return os.path.join(self.folder(run), "choice", "lr%s" % rate, "result.json")
+
+    def chosen(self, run: Run) -> str:
+        """The file that holds the learning rate that was chosen, where there are several."""
+        return os.path.join(self.folder(run), "rate.txt")
+
+    def rate(self, run: Run) -> Optional[str]:
+        """A run's learning rate: the only one, or the chosen one, None before it is chosen."""
+        rates = self.rates(run)
+        if len(rates) == 1:
+            return rates[0]
+        if not os.path.exists(self.chosen(run)):
+            return None
+        with open(self.chosen(run), encoding="utf-8") as file:
+            return file.read().strip()
 
     def rates(self, run: Run) -> List[str]:
         """The learning rates to try for a run, as they are written in paths."""
-        return ["%g" % rate for rate in self.config[run.task]["learning_rates"][run.solver]]
+        settings = self.config[run.task]["learning_rates"]
+        rates = settings.get("nets", {}).get(run.net, settings[run.solver])
+        return ["%g" % rate for rate in rates]
 
     def seeds(self, run: Run) -> List[int]:
         """The seeds of a run."""
@@ -225,8 +245,7 @@ class Places:
         """All results that a cell is made from; none where its pretrained model is missing."""
         if self.missing(run):
             return []
-        return [self.result(run, rate, seed) for rate in self.rates(run)
-                for seed in self.seeds(run)]
+        return [self.result(run, seed) for seed in self.seeds(run)]
 
     def missing(self, run: Run) -> Optional[str]:
         """The pretrained caffemodel that a run would start from and that is not there."""

@@ -4,11 +4,10 @@
 
 writes OUT/table2.md, .html, .tex and .csv from whatever runs there are by now: a cell that was not
 run says so.  Ours is the mean average precision (11-point, %) over the seeds with its standard
-error.  Where several learning rates were tried, the one with the best mean is shown, chosen on the
-test set as the paper seems to have done; the CSV holds it.
+error.  Where several learning rates were tried, images of the training set have chosen, never the
+test set (choose_rate.py); the paper does not say how its own were chosen.  The CSV holds the rate.
 """
 import argparse
-import math
 import os
 import sys
 from html import escape
@@ -22,10 +21,12 @@ from cells import TABLES, Cell, Places, Table
 
 CSV_COLUMNS = ("row", "column", "paper", "ours", "difference", "standard_error", "seeds",
                "learning_rate", "note")
+CHOICE = "Learning rates: of several, the best on val after training on train with one seed."
 
 
 class Entry(NamedTuple):
-    """A cell and what came out: `trials` in %, one for each seed that was run at `rate`."""
+    """A cell and what came out: `trials` in %, one for each seed that was run and did not diverge,
+    at the learning rate `rate`."""
 
     cell: Cell
     trials: Sequence[float]
@@ -89,20 +90,14 @@ def entry(cell: Cell, places: Places) -> Entry:
     missing = places.missing(cell.run)
     if missing is not None:
         return Entry(cell, [], seeds, None, "not run: %s is missing" % missing)
-    tried = []
-    diverged = 0
-    for rate in places.rates(cell.run):
-        trials, lost = _trials([places.result(cell.run, rate, seed)
-                                for seed in places.seeds(cell.run)])
-        diverged += lost
-        if trials and not lost:
-            tried.append((math.fsum(trials) / len(trials), rate, trials))
-    if not tried:
-        note = "diverged at every learning rate" if diverged else "not run"
-        return Entry(cell, [], seeds, None, note)
-    _, rate, trials = max(tried, key=lambda one: one[0])
-    note = "" if len(trials) == seeds else "%d of %d seeds" % (len(trials), seeds)
-    return Entry(cell, trials, seeds, rate, note)
+    trials, diverged = _trials([places.result(cell.run, seed) for seed in places.seeds(cell.run)])
+    notes = ["diverged" if diverged == seeds else "%d of %d seeds diverged" % (diverged, seeds)] \
+        if diverged else []
+    if not trials:
+        return Entry(cell, [], seeds, places.rate(cell.run), ", ".join(notes) or "not run")
+    if len(trials) + diverged < seeds:
+        notes.insert(0, "%d of %d seeds" % (len(trials) + diverged, seeds))
+    return Entry(cell, trials, seeds, places.rate(cell.run), ", ".join(notes))
 
 
 def _trials(paths: Sequence[str]) -> Tuple[List[float], int]:
@@ -120,6 +115,7 @@ def markdown(table: Table, entries: Sequence[Entry]) -> str:
     """Return a table whose cells read 'paper / ours ± standard error (difference)'."""
     lines = ["%s; mean average precision in %%." % table.title, "",
              "Cells: paper / ours ± standard error over seeds (difference). " + _seeds(entries), "",
+             CHOICE, "",
              "| | %s |" % " | ".join(table.columns),
              "| --- |" + " --- |" * len(table.columns)]
     for row in table.rows:
@@ -131,7 +127,7 @@ def markdown(table: Table, entries: Sequence[Entry]) -> str:
 def latex(table: Table, entries: Sequence[Entry]) -> str:
     """Return the same as a tabular, which needs no package."""
     lines = ["%% %s; mean average precision in %%." % table.title,
-             "% paper / ours, standard error over seeds, (difference)",
+             "% paper / ours, standard error over seeds, (difference)", "% " + CHOICE,
              r"\begin{tabular}{l%s}" % ("c" * len(table.columns)), r"\hline",
              " & ".join([""] + [_escaped(column) for column in table.columns]) + r" \\", r"\hline"]
     for row in table.rows:
@@ -147,7 +143,7 @@ def html(table: Table, entries: Sequence[Entry]) -> str:
              "td,th{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:left}</style>",
              "<h1>%s</h1>" % escape(table.title),
              "<p>Mean average precision in %: paper / ours ± standard error over seeds "
-             "(difference). " + _seeds(entries) + "</p>", "<table>",
+             "(difference). " + _seeds(entries) + "</p>", "<p>%s</p>" % CHOICE, "<table>",
              _html_row("th", [""] + list(table.columns))]
     for row in table.rows:
         texts = [_text(_at(entries, row, column), "±") for column in table.columns]

@@ -37,6 +37,7 @@ SHORTER = {
     "data/photographs.py": "--count 2",
     "experiments/bench_training.py":
         "--net models/caffenet/deploy.prototxt --iterations 1 --batch-size 2 --cpu",
+    "experiments/choose_rate.py": "",
     "experiments/classify_voc.py train": "--iterations 2 --batch-size 2 --workers 0 --cpu",
     "experiments/classify_voc.py test": "--crops 2 --workers 0 --cpu",
     "experiments/detect_voc.py train":
@@ -48,6 +49,7 @@ SHORTER = {
     "experiments/figure1.py": "--images 4 --cpu",
     "experiments/figure3.py": "",
     "experiments/figure4.py": "",
+    "experiments/hold_back.py": "",
     "experiments/initialise.py": "--images 8 --cpu",
     "experiments/nearest_neighbours.py --help": "",
     "experiments/nearest_neighbours.py": "--workers 0 --cpu",

@@ -109,7 +109,8 @@ def test_tiny_runs_every_rule(workflow):
     assert status == 0, output
     # tables 1 and 2 and the architectures hold 24 + 6 + 4 runs, two of them twice; table 3 has
     # three pretrained models (a fourth is missing), two of them rescaled too
-    assert found["train_classification"] == found["test_classification"] == 32 + 5
+    # and two nets choose among two learning rates
+    assert found["train_classification"] == found["test_classification"] == 32 + 5 + 2 * 2
     assert found["train_detection"] == found["test_detection"] == 6 + 5
     with open(os.path.join(EXPERIMENTS, "Snakefile")) as file:
         rules = set(re.findall(r"^ *rule (\w+):", file.read(), re.M))
@@ -121,12 +122,14 @@ def test_tiny_runs_every_rule(workflow):
 
 
 @pytest.mark.parametrize("target, expected", [
-    # SGD: 12 cells at one rate; Adam: 12 at two; three seeds each
-    ("table1", {"train_classification": 12 * 3 + 12 * 2 * 3, "fetch_voc": 1, "tables": 1}),
-    # detection: three rates and one seed
-    ("table2", {"train_classification": 6 * 3, "train_detection": 6 * 3, "fetch_proposals": 1}),
+    # 24 cells with three seeds each; Adam, in half of them, chooses between two rates
+    ("table1", {"train_classification": 24 * 3 + 12 * 2, "choose_rate": 12, "hold_back": 1,
+                "fetch_voc": 1, "tables": 1}),
+    # detection: one of three rates, and one seed
+    ("table2", {"train_classification": 6 * 3, "train_detection": 6 * (3 + 1), "choose_rate": 6,
+                "fetch_proposals": 1}),
     # no pretrained model is there: ours alone
-    ("table3", {"train_classification": 3, "train_detection": 3, "tables": 1}),
+    ("table3", {"train_classification": 3, "train_detection": 3 + 1, "tables": 1}),
     ("architectures", {"train_classification": 4 * 3, "initialise": 4 * 3, "tables": 1}),
     ("figure1", {"initialise": 5, "draw_figure1": 1}),
 ])
@@ -158,7 +161,8 @@ def test_a_pretrained_model_that_is_there_adds_its_rows(workflow, tmp_path):
     found = jobs(output)
     assert status == 0, output
     assert found["convert"] == 1 and found["rescale"] == 3  # a seed each
-    assert found["train_classification"] == found["train_detection"] == 3 * 3
+    assert found["train_classification"] == 3 * 3
+    assert found["train_detection"] == 3 * (3 + 1)
 
 
 def test_a_changed_setting_reruns_what_depends_on_it_alone(workflow):

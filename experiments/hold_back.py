@@ -1,0 +1,73 @@
+"""A VOC folder that trains on `train` and tests on `val` of another: to choose learning rates on.
+
+    python experiments/hold_back.py datasets/VOCdevkit/VOC2007 build/held_back
+
+writes OUT/ImageSets/Main, in which trainval are the images of VOC's train, and test those of its
+val; images and annotations are links to VOC's.  With the selective-search file of VOC's trainval
+(`--proposals voc_2007_trainval.mat`), OUT/trainval.mat and OUT/test.mat are its parts.
+"""
+import argparse
+import os
+import sys
+from typing import Any, Optional, Sequence
+
+import numpy as np
+import scipy.io
+
+import guarded
+from proposals import read_mat
+from voc import Voc
+
+SPLITS = {"trainval": "train", "test": "val"}  # of the new folder: of the old one
+FLAGS = {-1: "-1", 0: " 0", 1: " 1"}
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Write the folder that the command line names; return the exit status."""
+    parser = guarded.Parser(prog="hold_back.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("voc", metavar="VOC", help="folder in VOC's layout, with train and val")
+    parser.add_argument("out", metavar="OUT", help="folder to write; made where it is missing")
+    parser.add_argument("--proposals", metavar="FILE.mat",
+                        help="the selective-search file of VOC's trainval")
+    return guarded.command_line(run, parser.parse_args(argv), parser.prog)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the folder; ValueError where VOC lacks a list."""
+    voc = Voc(arguments.voc)
+    lists = os.path.join(arguments.out, "ImageSets", "Main")
+    os.makedirs(lists, exist_ok=True)
+    for split, source in SPLITS.items():
+        images, labels = voc.images(source), voc.labels(source)
+        for name, column in zip(voc.classes, labels.T):
+            _write(os.path.join(lists, "%s_%s.txt" % (name, split)),
+                   ["%s %s" % pair for pair in zip(images, map(FLAGS.get, column))])
+        if arguments.proposals is not None:
+            found = dict(zip(voc.images("trainval"),
+                             read_mat(arguments.proposals, voc.images("trainval"))))
+            _write_mat(os.path.join(arguments.out, split + ".mat"), images,
+                       [found[image] for image in images])
+        _write(os.path.join(lists, split + ".txt"), images)
+    for name in ("JPEGImages", "Annotations"):
+        link = os.path.join(arguments.out, name)
+        if not os.path.lexists(link):
+            os.symlink(os.path.join(os.path.abspath(arguments.voc), name), link)
+
+
+def _write(path: str, lines: Sequence[str]) -> None:
+    with guarded.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def _write_mat(path: str, images: Sequence[str], boxes: Sequence[np.ndarray]) -> None:
+    """Write boxes x1, y1, x2, y2 from 0 as selective search has them: y1, x1, y2, x2 from 1."""
+    cells: Any = np.empty((1, len(images)), object)
+    for number, rows in enumerate(boxes):
+        cells[0, number] = rows[:, [1, 0, 3, 2]] + 1
+    with guarded.replacing(path) as temporary, open(temporary, "wb") as file:
+        scipy.io.savemat(file, {"boxes": cells, "images": np.array(
+            [[image] for image in images], object)}, do_compression=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
