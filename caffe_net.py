@@ -118,14 +118,18 @@ class WorkingNet:
     def blob(self, name: str) -> Any:
         return self.net.blobs[name]
 
+    def renewed(self) -> None:
+        """Tell that all blobs are about to be computed again: gradients may be passed back."""
+        self._passed_back = False
+
     def forward(self) -> None:
         """Run the whole net; one with data layers of its own reads its next batch."""
-        self._passed_back = False
+        self.renewed()
         self.net._forward(0, len(self.layers) - 1)
 
     def compute(self) -> None:
         """Run all layers but those that feed the net, from what these hold."""
-        self._passed_back = False
+        self.renewed()
         for layer in self.layers:
             if layer.bottoms:
                 self.net._forward(layer.position, layer.position)
@@ -457,6 +461,7 @@ def walk(working: WorkingNet, store: BlobStore, batches: int, stop_types: Sequen
     makes it to its last reader, batch by batch.
     """
     net = working.net
+    working.renewed()
     kept: Set[str] = set()  # what is not, is to be fed
     for segment in segments(working, stop_types):
         def load(batch: int, segment: Segment = segment) -> None:

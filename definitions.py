@@ -8,7 +8,9 @@ before Caffe may abort on it, and written back in today's dialect.
 """
 import importlib
 import os
+import sys
 import tempfile
+import types
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
 
 from google.protobuf import text_format
@@ -41,8 +43,24 @@ def import_caffe() -> Any:
     loading takes half a second, and a command's parent process must not load Caffe at all.
     """
     os.environ.setdefault("GLOG_minloglevel", "2")
+    sys.modules.setdefault("caffe.io", _CaffeIo("caffe.io"))
     import caffe
     return caffe
+
+
+class _CaffeIo(types.ModuleType):
+    """Stands for caffe.io until something of it is used, as a Python layer may.
+
+    Importing it takes as long as all else of Caffe, for the whole of scikit-image, and fails
+    where that is newer than Caffe expects.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if sys.modules.get("caffe.io") is self:
+            del sys.modules["caffe.io"]
+        return getattr(importlib.import_module("caffe.io"), name)
 
 
 def caffe_messages() -> Any:

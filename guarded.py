@@ -25,6 +25,7 @@ from multiprocessing import resource_tracker
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's options, of malloc.h
 PR_SET_PDEATHSIG = 1  # prctl's option: the signal that a process gets when its parent ends
 
 
@@ -140,6 +141,18 @@ def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent ends (Linux; elsewhere no effect)."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def keep_freed_memory() -> None:
+    """Ask the C library to use freed memory again instead of giving it back (glibc; else no effect).
+
+    Arrays of a few megabytes that come and go otherwise cost a page fault every 4 kB: a quarter of
+    the time of an initialisation on a virtual machine.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the largest that it takes
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _start_method() -> str:

@@ -33,7 +33,7 @@ from caffe_net import BlobStore, Layer, Statistics, Stop, WorkingNet
 from change_rates import ChangeRates
 from report import LayerRecord, Result
 from scales import ScaleGraph
-from trained_weights import load_weights
+from trained_weights import load_weights, save_weights
 
 log = logging.getLogger("magic_init")
 
@@ -78,8 +78,8 @@ def set_weights(stop: Stop, working: WorkingNet, batches: int, kind: str, within
     gaussian = kind in ("gaussian", "elwise")
     geometry = caffe_net.geometry(layer)
     if gaussian or geometry is None or len(geometry.kernel) != 2:
-        layer.weights[...] = weights.gaussian(layer.weights.shape, rng,
-                                              1.0 if within else UNSCALED_STD)
+        weights.gaussian(layer.weights.shape, rng, 1.0 if within else UNSCALED_STD,
+                         out=layer.weights)
         if gaussian or layer.type == "InnerProduct":
             return "gaussian"
         return "gaussian (%s is for 2-D convolutions)" % kind
@@ -250,12 +250,13 @@ def _check_output(record: LayerRecord) -> None:
 class Calibration(NamedTuple):
     """Change rates before and after, and the log scales of blobs that made the difference.
 
-    `definition` is the changed definition, None where it stays as it is, `changes` says what
+    `since` are those of `log_scales` that came after the outputs in `Session.seen`; `definition` is the changed definition, None where it stays as it is, `changes` says what
     changed in it, and `difference` is that of the outputs before and after, over their std.
     """
     before: ChangeRates
     after: ChangeRates
     log_scales: np.ndarray
+    since: np.ndarray
     definition: Any = None
     changes: Sequence[str] = ()
     difference: Optional[float] = None
@@ -274,11 +275,11 @@ def between_layers(session: "Session", arguments: argparse.Namespace, loaded: bo
     unchanged = np.zeros(graph.variables)
     if not arguments.calibrate:
         rates = session.measure(graph, -1)
-        done = Calibration(rates, rates, unchanged)
+        done = Calibration(rates, rates, unchanged, unchanged)
     elif loaded:
         rates = measure_enough(session, graph)
         solution = rescale.solve(graph, rates, {scaled.layer.name for scaled in graph.affine})
-        return rescale_exactly(session, graph, solution, Calibration(rates, rates, unchanged),
+        return rescale_exactly(session, graph, solution, Calibration(rates, rates, unchanged, unchanged),
                                arguments.alpha, output)
     else:
         done, graph = measure_in_turns(session, graph, arguments)
@@ -288,7 +289,7 @@ def between_layers(session: "Session", arguments: argparse.Namespace, loaded: bo
         if solution.auxiliary:
             done = rescale_exactly(session, graph, solution, done, arguments.alpha, output)
             return done._replace(difference=None)  # a net from scratch has no function to keep
-    working.net.save(output)
+    save_weights(working.net, working.definition, output)
     return done
 
 
@@ -301,13 +302,13 @@ def measure_in_turns(session: "Session", graph: ScaleGraph,
     a step (but for the first).  Returns also the graph of the last step.
     """
     before = measured = session.measure(graph, -1)
-    total = np.zeros(graph.variables)
+    total = since = np.zeros(graph.variables)
     with session.bar("between layers", arguments.iterations) as bar:
         for turn in range(arguments.iterations):
             step = rescale.solve_from_scratch(session.working, measured)
             scales = arguments.alpha * step.log_scales
             rescale.apply_to_weights(step.graph, scales)
-            total += scales
+            total, since = total + scales, since + scales
             graph = step.graph
             bar.update()
             measured = rescale.changed_rates(graph, measured, scales)
@@ -316,10 +317,11 @@ def measure_in_turns(session: "Session", graph: ScaleGraph,
                     measured.uncertainty() < UNCERTAIN_FROM_SCRATCH:
                 break
             another = session.measure(graph, turn, measured)
+            since = np.zeros(graph.variables)
             measured = measured.joined(another) if settled else another
             if change_rates.spread(measured.by_layer()) < EQUAL:
                 break
-    return Calibration(before, measured, total), graph
+    return Calibration(before, measured, total, since), graph
 
 
 def measure_enough(session: "Session", graph: ScaleGraph) -> ChangeRates:
@@ -351,7 +353,7 @@ def rescale_exactly(session: "Session", graph: ScaleGraph, solution: rescale.Sol
                 for name in session.working.outputs}
     solution = solution._replace(log_scales=alpha * solution.log_scales)
     rescale.apply_to_weights(graph, solution.log_scales)
-    session.working.net.save(output)
+    save_weights(session.working.net, session.working.definition, output)
     definition = type(session.definition)()
     definition.CopyFrom(session.definition)
     changes = rescale.apply_to_definition(definition, graph, solution)
@@ -362,7 +364,8 @@ def rescale_exactly(session: "Session", graph: ScaleGraph, solution: rescale.Sol
         expected, {name: rescaled.blob(name).data for name in expected})
     after = change_rates.measure(ScaleGraph(rescaled), session.rng)
     return Calibration(so_far.before, after, so_far.log_scales + solution.log_scales,
-                       definition if changes else None, changes, difference)
+                       so_far.since + solution.log_scales, definition if changes else None,
+                       changes, difference)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -381,6 +384,7 @@ class Session:
         self.rng = np.random.default_rng(arguments.seed)
         self.seconds: Dict[str, float] = {}
         self.energy: Dict[str, np.ndarray] = {}
+        self.seen: Dict[str, Tuple[float, float]] = {}
         self._clock = time.perf_counter()
         self._quiet = arguments.quiet or not sys.stderr.isatty()
         caffe_net.use_device(arguments.device)
@@ -420,6 +424,11 @@ class Session:
             self.put(batch)
         self.working.forward()
 
+    def _outputs(self, batch: int) -> Dict[str, Tuple[float, float]]:
+        """Run the net on a batch; return mean and variance of its layers' outputs."""
+        walk = caffe_net.walk(self.working, BlobStore(np.inf), 1, STOPS, lambda _: self.put(batch))
+        return {stop.layer.name: stop.statistics.overall() for stop in walk if stop.statistics}
+
     def measure(self, graph: ScaleGraph, turn: int,
                 known: Optional[ChangeRates] = None) -> ChangeRates:
         """Return the change rates on one of `measured`, at turn -1 on the last, that the net holds.
@@ -428,7 +437,9 @@ class Session:
         walk knows for all images: they count as if the batch's energy were the mean one.
         """
         batch = self.measured[turn % len(self.measured)]
-        if turn >= 0:
+        if turn >= 0 and graph.degrees:
+            self.seen = self._outputs(batch)
+        elif turn >= 0:
             self.forward(batch)
         rates = change_rates.measure(graph, self.rng, known)
         if self.feed is None and turn >= 0:
@@ -464,6 +475,7 @@ def work(arguments: argparse.Namespace, paths: Sequence[str], output: str) -> Re
 
     Runs in a child process: Caffe may abort.  Raises ValueError for whatever a user can cause.
     """
+    guarded.keep_freed_memory()
     session = Session(arguments, paths)
     working = session.working
     if not working.affine:
@@ -490,7 +502,7 @@ def work(arguments: argparse.Namespace, paths: Sequence[str], output: str) -> Re
     notes += ["layer type %s is not in the table of scales: its blobs keep theirs" % kind
               for kind in sorted(set(graph.unknown_types))]
     names = [scaled.layer.name for scaled in graph.owners()]
-    return Result(_written(records, session, graph, found.log_scales, loaded),
+    return Result(_written(records, session.seen, graph, found),
                   _pairs(names, found.before.by_layer(), found.after.by_layer()),
                   _pairs(names, found.before.variation(), found.after.variation()),
                   session.batches * session.size, notes, list(found.changes),
@@ -507,22 +519,19 @@ def _filler_notes(layer: Layer, fresh: Set[str]) -> List[str]:
     return ["layer '%s' (%s) keeps the values of its own filler" % (layer.name, layer.type)]
 
 
-def _written(records: List[LayerRecord], session: Session, graph: ScaleGraph,
-             log_scales: np.ndarray, loaded: bool) -> List[LayerRecord]:
+def _written(records: List[LayerRecord], seen: Dict[str, Tuple[float, float]], graph: ScaleGraph,
+             found: Calibration) -> List[LayerRecord]:
     """Records with the outputs' mean and std in the net that is written.
 
-    They follow from the blobs' scales, but where LRN layers stay as they are: there one batch is
-    run again.
+    They follow from the blobs' scales.  Where LRN layers stay as they are, that is only so for the
+    last small steps, after what was `seen` when rates were last measured.
     """
-    responses = any(layer.type == "LRN" for layer in session.working.layers)
-    if responses and not loaded and log_scales.any():
-        walk = caffe_net.walk(session.working, BlobStore(np.inf), 1, STOPS,
-                              lambda _: session.put(session.measured[-1]))
-        seen = {stop.layer.name: stop.statistics.overall() for stop in walk if stop.statistics}
-        return [record._replace(mean=seen[record.name][0], std=float(np.sqrt(seen[record.name][1])))
-                for record in records]
+    log_scales = found.since if seen else found.log_scales
     scales = {one.layer.name: float(np.exp(rescale.value(one.scale_out, log_scales)))
               for one in graph.affine}
+    if seen:
+        records = [record._replace(mean=seen[record.name][0],
+                                   std=float(np.sqrt(seen[record.name][1]))) for record in records]
     return [record._replace(mean=record.mean * scales[record.name],
                             std=record.std * scales[record.name]) for record in records]
 

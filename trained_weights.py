@@ -1,6 +1,7 @@
-"""Weights into nets: checked before Caffe, which aborts on shapes that differ.
+"""Weights into nets, checked before Caffe, which aborts on shapes that differ; and out of them.
 
     left = load_weights(caffe_net, "caffenet.caffemodel", fresh=["fc8"])
+    save_weights(caffe_net, definition, "new.caffemodel")
 
     python magic_init.py models/caffenet_tiny/deploy.prototxt new.caffemodel -d 'photos/*' \\
         --load old.caffemodel
@@ -8,6 +9,7 @@
 import tempfile
 from typing import Any, List, Sequence, Tuple
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 import definitions
@@ -38,6 +40,47 @@ def load_weights(net: Any, path: str, fresh: Sequence[str] = ()) -> List[str]:
     else:
         net.copy_from(path)
     return [name for name in net.params if name not in loaded]
+
+
+def save_weights(net: Any, definition: Any, path: str) -> None:
+    """Write a caffe.Net built from `definition` as a caffemodel, straight from its blobs.
+
+    The file is protobuf's encoding of a NetParameter, as caffe.Net.save writes it but for the
+    Split layers.  That makes two copies of all weights in memory first and takes several times as
+    long (CaffeNet, 244 MB: 2.0 s for 0.45 s).
+    """
+    with open(path, "wb") as file:
+        file.write(_field(1, definition.name.encode()))
+        for layer in definition.layer:
+            parts = [layer.SerializeToString()]
+            for blob in net.params.get(layer.name, ()):
+                numbers = memoryview(np.ascontiguousarray(blob.data).reshape(-1)).cast("B")
+                shape = caffe_messages().BlobShape(dim=blob.shape).SerializeToString()
+                packed = [_prefix(5, len(numbers)), numbers, _field(7, shape)]
+                parts += [_prefix(7, sum(map(len, packed)))] + packed
+            file.write(_prefix(100, sum(map(len, parts))))
+            for part in parts:
+                file.write(part)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of bytes in protobuf's encoding."""
+    return _prefix(number, len(content)) + content
+
+
+def _prefix(number: int, length: int) -> bytes:
+    """What precedes a field's bytes: its number with wire type 2, and their count."""
+    return _varint(number << 3 | 2) + _varint(length)
+
+
+def _varint(value: int) -> bytes:
+    """An unsigned integer, seven bits a byte, lowest first; all bytes but the last have bit 7."""
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
 
 
 def copy_weights(source: Any, target: Any) -> None:

@@ -6,7 +6,7 @@ and returns filters (m, d).  Sections 3.1 and 3.2 give them their scale.
     python -c "import numpy, weights; print(weights.gaussian((2, 3), numpy.random.default_rng(0)))"
 """
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict, Sequence, Tuple
+from typing import Callable, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 import scipy.linalg
@@ -33,9 +33,13 @@ KMEANS_PARTS = 8
 PATCHES_PER_DIMENSION = 2
 
 
-def gaussian(shape: Sequence[int], rng: np.random.Generator, std: float = 1.0) -> np.ndarray:
-    """Return float32 weights W ~ N(0, std^2) of any shape (Algorithm 1, first line)."""
-    weights = np.empty(shape, np.float32)
+def gaussian(shape: Sequence[int], rng: np.random.Generator, std: float = 1.0,
+             out: Optional[np.ndarray] = None) -> np.ndarray:
+    """Return float32 weights W ~ N(0, std^2) of any shape (Algorithm 1, first line).
+
+    With `out`, a contiguous array of that shape, they are drawn in place.
+    """
+    weights = np.empty(shape, np.float32) if out is None else out
     flat = weights.reshape(-1)
     parts = [flat[start:start + PART] for start in range(0, flat.size, PART)]
     seeds = rng.integers(0, 2 ** 63, size=len(parts))
