@@ -58,16 +58,20 @@ class ChangeRates:
         return self._changed(self.weights, self.gradients * factors[self.layer])
 
     def _changed(self, weights: np.ndarray, gradients: np.ndarray) -> "ChangeRates":
-        """Other squares, with the variation within each pair as it was."""
+        return ChangeRates(self.layer, self.size, weights, gradients, self.products_at(gradients))
+
+    def products_at(self, gradients: np.ndarray) -> np.ndarray:
+        """Return `products` of other squared gradients that vary as much within each pair."""
         before, after = self._squares(), gradients.mean(axis=0).sum(axis=0)
         ratio = np.divide(after, before, out=np.zeros_like(after), where=before > 0)
-        return ChangeRates(self.layer, self.size, weights, gradients, self.products * ratio ** 2)
+        return self.products * ratio ** 2
 
     def joined(self, other: "ChangeRates") -> "ChangeRates":
         """These rates with the images of `other`, measured at the same scales."""
-        return ChangeRates(self.layer, self.size, self.weights,
-                           np.concatenate([self.gradients, other.gradients]),
-                           np.concatenate([self.products, other.products]))
+        gradients = np.concatenate([self.gradients, other.gradients])
+        products = [one.products_at(gradients) for one in (self, other)]
+        return ChangeRates(self.layer, self.size, self.weights, gradients,
+                           np.concatenate(products))
 
     def by_layer(self) -> np.ndarray:
         """Return C_k = sqrt(E[g^2] / mean(W_k^2)) (layers,), equation 2; NaN without weights."""
@@ -155,7 +159,8 @@ def measure(graph: ScaleGraph, rng: np.random.Generator,
     found = mean_moments([_one_pass(graph, working.outputs, rng, known is None) for _ in passes])
     gradients, products = found.squares[:, None], found.products[None]
     if known is not None:
-        gradients, products = gradients * known.shares(), known.products
+        gradients = gradients * known.shares()
+        products = known.products_at(gradients)
     elif graph.free_outputs:
         gradients = np.stack([
             mean_moments([_one_pass(graph, [name], rng, False) for _ in passes]).squares

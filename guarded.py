@@ -144,7 +144,7 @@ def die_with_parent() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Ask the C library to use freed memory again instead of giving it back (glibc; else no effect).
+    """Ask the C library to keep freed memory for itself (glibc; elsewhere no effect).
 
     Arrays of a few megabytes that come and go otherwise cost a page fault every 4 kB: a quarter of
     the time of an initialisation on a virtual machine.

@@ -13,10 +13,12 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 from google.protobuf import text_format
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import argument_types
@@ -86,16 +88,22 @@ def set_weights(stop: Stop, working: WorkingNet, batches: int, kind: str, within
     groups = layer.parameters.convolution_param.group
     filters = layer.weights.reshape((groups, -1) + layer.weights.shape[1:])
     patches = _patches(stop, working, batches, geometry, groups, rng)
-    for group in range(groups):
-        rows = next(patches)
-        found = weights.SCHEMES[kind](rows, filters.shape[1], rng)
+    seeds = rng.integers(0, 2 ** 63, size=groups)
+
+    def make(group: int) -> None:
+        found = weights.SCHEMES[kind](patches[group], filters.shape[1],
+                                      np.random.default_rng(seeds[group]))
         filters[group] = found.reshape(filters[group].shape)
+    # groups side by side use several cores better than BLAS within each does
+    with threadpool_limits(1 if groups > 1 else None, user_api="blas"), \
+            ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(make, range(groups)))
     return kind
 
 
 def _patches(stop: Stop, working: WorkingNet, batches: int, geometry: caffe_net.Geometry,
-             groups: int, rng: np.random.Generator) -> Any:
-    """Yield the patches (n, d) that each group of a convolution's filters sees.
+             groups: int, rng: np.random.Generator) -> List[np.ndarray]:
+    """Return the patches (n, d) that each group of a convolution's filters sees.
 
     They come from the first half of the batches: filters respond more to what they were made from
     than to other images, and change rates are to be measured on others.
@@ -104,18 +112,19 @@ def _patches(stop: Stop, working: WorkingNet, batches: int, geometry: caffe_net.
     bottom = working.blob(stop.layer.bottoms[0]).data
     depth = bottom.shape[1] // groups
     dimension = depth * int(np.prod(geometry.kernel))
-    count = min(weights.PATCHES_PER_DIMENSION * dimension, PATCH_BYTES // (4 * dimension))
+    count = min(weights.PATCHES_PER_DIMENSION * dimension, PATCH_BYTES // (4 * dimension * groups))
     count = max(count, 2 * stop.layer.weights.shape[0] // groups, 1000)
     pairs = [(one, two) for one, two in geometry]
-    for group in range(groups):
-        parts = []
-        for batch in range(batches):
-            stop.load(batch)
-            share = count * (batch + 1) // batches - count * batch // batches
-            parts.append(weights.sample_patches(bottom[:, group * depth:(group + 1) * depth], share,
-                                                rng, *pairs))
-        # k-means goes through the patches in parts: each is to see all images
-        yield np.concatenate(parts).reshape(count, dimension)[rng.permutation(count)]
+    parts: List[List[np.ndarray]] = [[] for _ in range(groups)]
+    for batch in range(batches):
+        stop.load(batch)
+        share = count * (batch + 1) // batches - count * batch // batches
+        for group, part in enumerate(parts):
+            part.append(weights.sample_patches(bottom[:, group * depth:(group + 1) * depth], share,
+                                               rng, *pairs))
+    # k-means goes through the patches in parts: each is to see all images
+    return [np.concatenate(part).reshape(count, dimension)[rng.permutation(count)]
+            for part in parts]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -250,8 +259,9 @@ def _check_output(record: LayerRecord) -> None:
 class Calibration(NamedTuple):
     """Change rates before and after, and the log scales of blobs that made the difference.
 
-    `since` are those of `log_scales` that came after the outputs in `Session.seen`; `definition` is the changed definition, None where it stays as it is, `changes` says what
-    changed in it, and `difference` is that of the outputs before and after, over their std.
+    `since` is the part of these that came after the outputs in `Session.seen`.  `definition` is
+    the changed definition, None where it stays as it is, `changes` says what changed in it, and
+    `difference` is that of the outputs before and after, over their std.
     """
     before: ChangeRates
     after: ChangeRates
@@ -279,8 +289,8 @@ def between_layers(session: "Session", arguments: argparse.Namespace, loaded: bo
     elif loaded:
         rates = measure_enough(session, graph)
         solution = rescale.solve(graph, rates, {scaled.layer.name for scaled in graph.affine})
-        return rescale_exactly(session, graph, solution, Calibration(rates, rates, unchanged, unchanged),
-                               arguments.alpha, output)
+        measured = Calibration(rates, rates, unchanged, unchanged)
+        return rescale_exactly(session, graph, solution, measured, arguments.alpha, output)
     else:
         done, graph = measure_in_turns(session, graph, arguments)
         inner = {scaled.layer.name for scaled in graph.affine
@@ -573,10 +583,11 @@ def run(arguments: argparse.Namespace) -> None:
                 file.write("".join("# %s\n" % line for line in found.changes) + found.definition)
     found.seconds["in all"] = time.perf_counter() - started
     _tell(found, arguments, beside)
+    content = report.as_json(found, arguments)
     if arguments.report:
-        results.write_json(arguments.report, report.as_json(found, arguments))
+        results.write_json(arguments.report, content)
     if arguments.figure:
-        report.draw(found, arguments)
+        report.draw(content, arguments.figure)
 
 
 def _tell(found: Result, arguments: argparse.Namespace, beside: str) -> None:

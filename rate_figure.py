@@ -1,14 +1,18 @@
 """The paper's figure 1 for any net: change rate per layer (a) and its variation within layers (b).
 
-    python magic_init.py models/caffenet_tiny/deploy.prototxt out.caffemodel -d 'photos/*' \\
-        -cs --figure out.png
+    python rate_figure.py out.json out.png
+
+draws the report that `magic_init.py --report out.json` wrote; `--figure out.png` does the same.
 """
-from typing import Mapping, Sequence
+import os
+import sys
+from typing import Any, Mapping, Optional, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import guarded
+import results
 
 
 def draw(path: str, title: str, layers: Sequence[str], rates: Mapping[str, Sequence[float]],
@@ -41,3 +45,34 @@ def draw(path: str, title: str, layers: Sequence[str], rates: Mapping[str, Seque
     with guarded.replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
+
+
+def draw_report(report: Mapping[str, Any], path: str) -> None:
+    """Draw the content of a report of magic_init.py (see `report.as_json`) into a PNG.
+
+    Raises ValueError where it is no such content.
+    """
+    if "layers" not in report or "calibrated" not in report:
+        raise ValueError("not a report that magic_init.py --report wrote")
+    layers = [layer for layer in report["layers"] if layer["rate_before"] is not None]
+    labels = {"before": "before", "after": "after"} if report["calibrated"] else {
+        "after": "as initialised"}
+    rates, variations = ({label: [layer["%s_%s" % (quantity, when)] for layer in layers]
+                          for when, label in labels.items()}
+                         for quantity in ("rate", "variation"))
+    draw(path, os.path.basename(report["output"]), [layer["name"] for layer in layers], rates,
+         variations)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Draw the report that the command line names; return the exit status."""
+    parser = guarded.Parser(prog="rate_figure", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("report", help="JSON file that magic_init.py --report wrote")
+    parser.add_argument("figure", help="PNG file to write")
+    return guarded.command_line(
+        lambda arguments: draw_report(results.read_json(arguments.report), arguments.figure),
+        parser.parse_args(argv), parser.prog)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,12 +5,15 @@
 """
 import argparse
 import os
+import subprocess
+import sys
+import tempfile
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 import change_rates
-import rate_figure
+import results
 
 
 class LayerRecord(NamedTuple):
@@ -76,17 +79,24 @@ def as_json(found: Result, arguments: argparse.Namespace) -> Dict[str, Any]:
         layers.append(layer)
     spread_before, spread_after = spreads(found)
     return {**found.provenance, "definition": arguments.prototxt, "output": arguments.output,
-            "type": arguments.type, "bias": arguments.bias, "images": found.images,
+            "type": arguments.type, "bias": arguments.bias, "calibrated": arguments.calibrate,
+            "images": found.images,
             "layers": layers, "spread_before": spread_before, "spread_after": spread_after,
             "changes": found.changes, "notes": found.notes, "output_difference": found.difference,
             "seconds": found.seconds}
 
 
-def draw(found: Result, arguments: argparse.Namespace) -> None:
-    """Draw figure 1 of the paper for this net into `arguments.figure`."""
-    names = list(found.rates)
-    labels = ("before", "after") if arguments.calibrate else ("as initialised",)
-    series = [{label: [pairs[name][number] for name in names]
-               for number, label in enumerate(labels)}
-              for pairs in (found.rates, found.variations)]
-    rate_figure.draw(arguments.figure, os.path.basename(arguments.output), names, *series)
+def draw(content: Dict[str, Any], path: str) -> None:
+    """Draw figure 1 of the paper from what `as_json` returned, in a process of its own.
+
+    Importing matplotlib takes longer than all else that a command without a figure imports.
+    Raises ValueError with that process's last line where it fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="magic_init.") as folder:
+        report = os.path.join(folder, "report.json")
+        results.write_json(report, content)
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "rate_figure.py")
+        done = subprocess.run([sys.executable, script, report, path], stderr=subprocess.PIPE,
+                              universal_newlines=True, check=False)
+    if done.returncode:
+        raise ValueError("%s: no figure: %s" % (path, (done.stderr.splitlines() or ["?"])[-1]))

@@ -54,7 +54,7 @@ def save_weights(net: Any, definition: Any, path: str) -> None:
         for layer in definition.layer:
             parts = [layer.SerializeToString()]
             for blob in net.params.get(layer.name, ()):
-                numbers = memoryview(np.ascontiguousarray(blob.data).reshape(-1)).cast("B")
+                numbers: Any = np.ascontiguousarray(blob.data).reshape(-1).view(np.uint8).data
                 shape = caffe_messages().BlobShape(dim=blob.shape).SerializeToString()
                 packed = [_prefix(5, len(numbers)), numbers, _field(7, shape)]
                 parts += [_prefix(7, sum(map(len, packed)))] + packed

@@ -384,6 +384,19 @@ def test_known_shares_of_outputs_stand_for_passes_of_their_own():
     np.testing.assert_array_equal(full.shares()[:, own], [[1, 0], [0, 1]])
 
 
+def test_known_variation_stands_for_that_of_images_with_other_gradients():
+    working = working_net(DATA + BRANCHES, IMAGES)
+    graph, rng = ScaleGraph(working), np.random.default_rng(1)
+    images = rng.standard_normal((IMAGES, 3, SIZE, SIZE))
+    run(working, images)
+    full = change_rates.measure(graph, np.random.default_rng(2))
+    run(working, 3 * images)
+    again = change_rates.measure(graph, np.random.default_rng(2), full)
+    assert np.all(again.by_layer() > 1.5 * full.by_layer())
+    np.testing.assert_allclose(again.variation(), full.variation(), atol=0.15)
+    np.testing.assert_allclose(full.joined(again).variation(), full.variation(), atol=0.3)
+
+
 def test_spared_weight_gradients_change_no_blobs_gradient():
     text = DATA + BRANCHES + layer("extra", "Deconvolution", "all", "", CONV % "kernel_size: 2")
     definition, image = definitions.working_definition(definitions.upgrade(parsed(text)), IMAGES)

@@ -27,6 +27,8 @@ from toy_nets import working_net
 import change_rates
 import guarded
 import magic_init
+import rate_figure
+import results
 from scales import ScaleGraph
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
@@ -277,8 +279,9 @@ def test_the_report_says_what_was_measured_and_how_to_repeat_it(start):
     found = start("-cs", "-t", "rand", "--seed", "5")
     report = found.report
     assert set(report) == {
-        "command", "seed", "versions", "definition", "output", "type", "bias", "images", "layers",
-        "spread_before", "spread_after", "changes", "notes", "output_difference", "seconds"}
+        "command", "seed", "versions", "definition", "output", "type", "bias", "calibrated",
+        "images", "layers", "spread_before", "spread_after", "changes", "notes",
+        "output_difference", "seconds"}
     assert set(report["layers"][0]) == {
         "name", "type", "weights", "size", "mean", "std", "dead", "rate_before", "rate_after",
         "variation_before", "variation_after"}
@@ -314,6 +317,16 @@ def test_the_figure_is_a_png(start, tmp_path):
     assert bytes_of(str(path))[:8] == b"\x89PNG\r\n\x1a\n"
     height, width = cv2.imread(str(path)).shape[:2]
     assert width > height > 300
+
+
+def test_the_figure_can_be_drawn_again_from_the_report(start, tmp_path, capsys):
+    paths = [str(tmp_path / name) for name in ("one.png", "two.png", "out.json")]
+    assert start("-cs", "--figure", paths[0]).status == 0
+    assert rate_figure.main([paths[2], paths[1]]) == 0
+    assert bytes_of(paths[0]) == bytes_of(paths[1])
+    results.write_json(paths[2], {"rows": []})
+    assert rate_figure.main([paths[2], paths[1]]) == 2
+    assert "not a report" in capsys.readouterr().err
 
 
 def test_bars_are_for_terminals(start):
