@@ -52,9 +52,10 @@ ROUNDING = 1e-12
 EQUAL = 1.05
 # Standard error of layers' log rates, over images, below which measuring ends.
 UNCERTAIN = 0.02
-UNCERTAIN_FROM_SCRATCH = 0.1
-# Log scales that change less leave layers that are nearly homogeneous (LRN) as they were.
-SMALL = 0.1
+UNCERTAIN_FROM_SCRATCH = 0.15
+# With smaller changes of log scales, layers that are nearly homogeneous (LRN) have the degree that
+# their model gives: measurements before count on.
+SMALL = 0.3
 # A rescaled net's outputs may differ by this part of their std.
 TOLERANCE = 1e-3
 PATCH_BYTES = 1 << 29
@@ -94,8 +95,8 @@ def set_weights(stop: Stop, working: WorkingNet, batches: int, kind: str, within
         found = weights.SCHEMES[kind](patches[group], filters.shape[1],
                                       np.random.default_rng(seeds[group]))
         filters[group] = found.reshape(filters[group].shape)
-    # groups side by side use several cores better than BLAS within each does
-    with threadpool_limits(1 if groups > 1 else None, user_api="blas"), \
+    # BLAS's idle threads spin for a while and would take a core from Caffe's next layer
+    with threadpool_limits(1, user_api="blas"), \
             ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(make, range(groups)))
     return kind

@@ -11,7 +11,6 @@ from typing import Callable, Dict, Optional, Sequence, Tuple
 import numpy as np
 import scipy.linalg
 import scipy.sparse
-from threadpoolctl import threadpool_limits
 
 # Random numbers are drawn in parts of this size, so that threads share the work and the result
 # does not depend on how many there are.
@@ -29,6 +28,10 @@ FAINT = 0.1
 # which take nearly three times as long (0.029 of conv3's energy for 0.028, 0.33 s for 0.91 s).
 KMEANS_ITERATIONS = 3
 KMEANS_PARTS = 8
+# Parts that whitening and k-means are split into for threads: fixed, so that results do not depend
+# on the machine.  BLAS itself is given one thread (`magic_init.set_weights`): its own would go on
+# spinning for a while after each call and take a core from Caffe's next layer.
+THREADS = 2
 # Patches drawn per number in a patch: enough for a covariance that is regularised anyway.
 PATCHES_PER_DIMENSION = 2
 
@@ -148,13 +151,13 @@ def whitened(patches: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
     variances = np.einsum("nd,nd->n", normal, normal) / patches.shape[1]
     normal /= np.sqrt(np.maximum(variances + CONTRAST * variances.mean(), TINY))[:, None]
     normal -= normal.mean(axis=0)
-    # BLAS counts columns first: given the transposed arrays it works without copies
-    covariance = scipy.linalg.blas.ssyrk(1.0 / len(normal), normal.T, lower=1)
+    with ThreadPoolExecutor(THREADS) as pool:
+        covariance = sum(pool.map(lambda rows: rows.T @ rows, np.array_split(normal, THREADS)))
+    covariance /= len(normal)
     diagonal = np.einsum("dd->d", covariance)
     np.fill_diagonal(covariance, diagonal + max(REGULARISER * diagonal.mean(), TINY))
-    with threadpool_limits(1, user_api="blas"):  # OpenBLAS 0.3.27: 50 times slower on two threads
-        factor = scipy.linalg.cholesky(covariance, lower=True, overwrite_a=True,
-                                       check_finite=False)
+    # symmetric: its transpose lies in memory as LAPACK, which counts columns first, wants it
+    factor = scipy.linalg.cholesky(covariance.T, lower=True, overwrite_a=True, check_finite=False)
     white = scipy.linalg.blas.strsm(1.0, factor, normal.T, lower=1, overwrite_b=1)
     return white.T, factor
 
@@ -168,21 +171,27 @@ def spherical_kmeans(white: np.ndarray, count: int, rng: np.random.Generator,
     move that many times an iteration (as in Neal & Hinton's incremental EM).
     """
     centroids = _chosen(white, count, rng)
-    pieces = np.array_split(white, parts)
+    pieces = [np.array_split(piece, THREADS) for piece in np.array_split(white, parts)]
     sums = np.zeros((parts,) + centroids.shape, np.float32)
     total = np.zeros_like(centroids)
-    for step in range(iterations * parts):
-        piece, part = pieces[step % parts], sums[step % parts]
-        products = piece @ centroids.T
-        best = np.abs(products).argmax(axis=1)
-        share = scipy.sparse.csr_matrix(
-            (products[np.arange(len(piece)), best], best, np.arange(len(piece) + 1)),
-            shape=products.shape)
-        total -= part
-        part[...] = share.T @ piece
-        total += part
-        centroids = _unit_rows(total + centroids)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for step in range(iterations * parts):
+            part = sums[step % parts]
+            total -= part
+            part[...] = sum(pool.map(_joined, pieces[step % parts], [centroids] * THREADS))
+            total += part
+            centroids = _unit_rows(total + centroids)
     return centroids
+
+
+def _joined(patches: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Return X S^T (count, d) of some patches."""
+    products = patches @ centroids.T
+    best = np.abs(products).argmax(axis=1)
+    rows = np.arange(len(patches))
+    share = scipy.sparse.csr_matrix((products[rows, best], best, np.arange(len(rows) + 1)),
+                                    shape=products.shape)
+    return share.T @ patches
 
 
 def _filters(directions: np.ndarray, factor: np.ndarray) -> np.ndarray:
