@@ -1,8 +1,10 @@
 """The paper's figure 1 for any net: change rate per layer (a) and its variation within layers (b).
 
+    python magic_init.py models/caffenet_tiny/deploy.prototxt out.caffemodel -d 'photos/*' \\
+        -cs --report out.json
     python rate_figure.py out.json out.png
 
-draws the report that `magic_init.py --report out.json` wrote; `--figure out.png` does the same.
+`--figure out.png` of the first command does the same as the second.
 """
 import os
 import sys

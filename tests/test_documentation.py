@@ -64,6 +64,7 @@ SHORTER = {
     "experiments/trial.py train": "--iterations 2 --batch-size 2 --workers 0 --cpu",
     "experiments/trial.py test": "--crops 2 --workers 0 --cpu",
     "models/generate.py": "--to build/models",
+    "rate_figure.py": "",
     "voc.py": "",
 }
 # Scripts that are not run here, and why.
