@@ -36,8 +36,8 @@ setup(
     python_requires=">=3.8",
     py_modules=["magic_init", "weights", "rescale", "change_rates", "scales", "caffe_net",
                 "definitions", "guarded", "results", "report",
-                "argument_types", "trained_weights", "rate_figure", "image_database", "voc",
-                "voc_lmdb"],
+                "session", "argument_types", "trained_weights", "rate_figure", "image_database",
+                "voc", "voc_lmdb"],
     install_requires=[
         "numpy>=1.19,<2",
         "scipy>=1.5,<1.14",

@@ -23,9 +23,9 @@ import caffe_net
 import change_rates
 import definitions
 import guarded
-import magic_init
 import rate_figure
 import results
+import session
 from caffe_net import WorkingNet
 from initialise import write_filled
 from scales import ScaleGraph
@@ -116,7 +116,7 @@ def measure(net: str, weights: str, paths: Sequence[str], seed: int,
     Raises ValueError where the weights do not fit, or a layer has none.
     """
     caffe_net.use_device(device)
-    size, batches = magic_init.batches_of(len(paths), MOST_A_BATCH, len(paths))
+    size, batches = session.batches_of(len(paths), MOST_A_BATCH, len(paths))
     working, image = definitions.working_definition(
         definitions.read_definition(_definition(net, weights)), size)
     assert image is not None  # because we asked for a batch

@@ -29,6 +29,7 @@ import guarded
 import magic_init
 import rate_figure
 import results
+import session
 from scales import ScaleGraph
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
@@ -363,9 +364,9 @@ def test_the_program_itself_initialises_caffenet_tiny_from_photographs(tmp_path)
 
 
 def test_batches_of_hand():
-    assert magic_init.batches_of(20, 16, 10) == (10, 2)
-    assert magic_init.batches_of(160, 16, 10) == (16, 10)
-    assert magic_init.batches_of(3, 16, 10) == (3, 1)
+    assert session.batches_of(20, 16, 10) == (10, 2)
+    assert session.batches_of(160, 16, 10) == (16, 10)
+    assert session.batches_of(3, 16, 10) == (3, 1)
 
 
 def test_normalisation_by_hand():
