@@ -78,7 +78,7 @@ def training_plan(arguments: argparse.Namespace, gpu: Optional[int], table_folde
     detection_batches.save_table(table, table_folder)
     data = detection_batches.layer_parameters(
         table_folder, table, means, deviations, arguments.scales, arguments.max_size,
-        arguments.seed, arguments.workers)
+        arguments.seed, arguments.workers, arguments.background_overlap)
     native = detection_net.native_types(gpu is not None)
     return Plan(
         net=detection_net.training_net(skeleton, len(voc.classes), data, native),
@@ -108,7 +108,7 @@ def _settings(arguments: argparse.Namespace, voc: Voc) -> Dict[str, Any]:
             "definition_sha256": run_folder.sha256(arguments.net), "split": TRAINING_SPLIT,
             "classes": voc.classes, "learning_rate": arguments.lr, "step": arguments.step,
             "scales": arguments.scales, "max_size": arguments.max_size,
-            **proposals.described(arguments)}
+            "background_overlap": arguments.background_overlap, **proposals.described(arguments)}
 
 
 def solver_parameters(arguments: argparse.Namespace) -> Any:
@@ -286,10 +286,23 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
              "1200)")
     add("--max-size", type=count, default=2000, metavar="PIXELS",
         help="longest side of an image (default %(default)d)")
+    add("--background-overlap", type=_background_overlap, metavar="LOW",
+        default=detection_batches.BACKGROUND_OVERLAP,
+        help="ROIs that overlap an object by LOW up to 0.5 are background, others are not trained "
+             "on; where objects are small, 0 shows the net what most proposals are like (default "
+             "%(default)g)")
     add("--seed", type=natural, default=0, metavar="N", help="default %(default)d")
     add("--snapshot", type=count, default=10000, metavar="N",
         help="iterations between snapshots (default %(default)d)")
     add("--resume", action="store_true", help="go on from OUTDIR's last snapshot")
+
+
+def _background_overlap(text: str) -> float:
+    number = argument_types.finite(text)
+    if not 0 <= number < detection_batches.OBJECT_OVERLAP:
+        raise argparse.ArgumentTypeError("'%s' is not from 0 to below %g"
+                                         % (text, detection_batches.OBJECT_OVERLAP))
+    return number
 
 
 def _add_test(parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ IMAGES = 2  # a batch
 ROIS = 64  # an image
 FOREGROUND = 16  # of them at most
 OBJECT_OVERLAP = 0.5  # from here on a ROI shows the object
-BACKGROUND_OVERLAP = 0.1  # from here on, up to the other, a ROI is background worth learning from
+BACKGROUND_OVERLAP = 0.1  # from here on, up to the other, a ROI is background, if not told else
 BEYOND = 1.0  # pixels by which a proposal may stick out of its image, for rounding's sake
 
 
@@ -203,18 +203,21 @@ class DetectionBatches:
 
     A batch's arrays are IMAGES images float32 (3, height, width), then float32 ROIs (r, 5) in their
     pixels, labels (r,), regression targets and their weights (r, 4 (classes + 1)), r <= 128.
-    Targets are (target - means) / deviations of their class.  A broken image is replaced by the
+    Targets are (target - means) / deviations of their class.  ROIs that overlap an object by
+    `background_overlap` up to OBJECT_OVERLAP are background.  A broken image is replaced by the
     next of its epoch, up to `broken_limit` in a row.
     """
 
     def __init__(self, table: RoiTable, means: np.ndarray, deviations: np.ndarray,
-                 scales: Sequence[int], max_size: int, seed: int, broken_limit: int = 10) -> None:
+                 scales: Sequence[int], max_size: int, seed: int,
+                 background_overlap: float = BACKGROUND_OVERLAP, broken_limit: int = 10) -> None:
         self.table = table
         self.means = np.asarray(means, np.float64)
         self.deviations = np.asarray(deviations, np.float64)
         self.scales = list(scales)
         self.max_size = max_size
         self.seed = seed
+        self.background_overlap = background_overlap
         self.broken_limit = broken_limit
 
     def __call__(self, number: int) -> Batch:
@@ -258,12 +261,11 @@ class DetectionBatches:
                 broken.append(str(error))
         raise ValueError("%d broken images in a row, the last is %s" % (len(broken), broken[-1]))
 
-    @staticmethod
-    def _sample(rois: Rois, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
+    def _sample(self, rois: Rois, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
         """Indices of at most ROIS ROIs, objects first, and their labels (0: background)."""
         shown = np.flatnonzero(rois.overlap >= OBJECT_OVERLAP)
         near = np.flatnonzero((rois.overlap < OBJECT_OVERLAP)
-                              & (rois.overlap >= BACKGROUND_OVERLAP))
+                              & (rois.overlap >= self.background_overlap))
         shown = rng.choice(shown, min(FOREGROUND, len(shown)), replace=False)
         near = rng.choice(near, min(ROIS - len(shown), len(near)), replace=False)
         labels = np.concatenate([rois.classes[shown], np.zeros(len(near), np.int64)])
@@ -283,22 +285,23 @@ class DetectionBatches:
 
 
 def layer_parameters(folder: str, table: RoiTable, means: np.ndarray, deviations: np.ndarray,
-                     scales: Sequence[int], max_size: int, seed: int,
-                     workers: int) -> Dict[str, Any]:
+                     scales: Sequence[int], max_size: int, seed: int, workers: int,
+                     background_overlap: float = BACKGROUND_OVERLAP) -> Dict[str, Any]:
     """Return the parameters of detection_data.RoiData for a table that is saved in `folder`."""
     return {"folder": os.path.abspath(folder), "means": means.tolist(),
             "deviations": deviations.tolist(), "scales": list(scales), "max_size": max_size,
-            "seed": seed, "workers": workers, "broken_limit": 10,
+            "seed": seed, "workers": workers, "background_overlap": background_overlap,
+            "broken_limit": 10,
             "image_bytes": largest_image_bytes(table.sizes, scales, max_size)}
 
 
 def make_training_batches(folder: str, means: Sequence, deviations: Sequence,
                           scales: Sequence[int], max_size: int, seed: int,
-                          broken_limit: int) -> DetectionBatches:
+                          background_overlap: float, broken_limit: int) -> DetectionBatches:
     """Return the batches of a saved table; called in every worker."""
     cv2.setNumThreads(1)  # the cores belong to Caffe and the other workers
     return DetectionBatches(open_table(folder), np.asarray(means), np.asarray(deviations), scales,
-                            max_size, seed, broken_limit)
+                            max_size, seed, background_overlap, broken_limit)
 
 
 def make_testing_images(paths: Sequence[str], sizes: Sequence[Tuple[int, int]], shortest: int,

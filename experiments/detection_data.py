@@ -40,7 +40,8 @@ class RoiData(caffe.Layer):
         rows = 4 * IMAGES * ROIS * (5 + 1 + 2 * columns)
         self.batches = Prefetcher(make_training_batches, (
             given["folder"], given["means"], given["deviations"], given["scales"],
-            given["max_size"], given["seed"], given["broken_limit"]), given["workers"],
+            given["max_size"], given["seed"], given["background_overlap"],
+            given["broken_limit"]), given["workers"],
             slot_bytes=IMAGES * given["image_bytes"] + rows + 1024,
             broken_limit=given["broken_limit"])
         self.started = False

@@ -192,6 +192,18 @@ def test_what_is_wrong_with_the_files_is_said_in_a_line(files, voc_folder, capfd
     assert re.search(message, last)
 
 
+def test_where_background_begins_is_a_setting_of_the_run(files, voc_folder, capfd):
+    assert train(files, voc_folder, "run", "--iterations", "1", "--background-overlap", "0") == 0
+    record = json.loads((files / "run" / "run.json").read_text())
+    assert record["repeat"]["background_overlap"] == 0
+    assert train(files, voc_folder, "run", "--iterations", "2", "--resume") == 2
+    assert "background_overlap" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        train(files, voc_folder, "run", "--iterations", "2", "--background-overlap", "0.5")
+    assert ended.value.code == 2
+    assert "'0.5' is not from 0 to below 0.5" in capfd.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(files, voc_folder, capfd):
     assert train(files, voc_folder, "run", "--iterations", "40", "--lr", "1e20") == 2
     assert "the loss is" in capfd.readouterr().err

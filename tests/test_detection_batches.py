@@ -127,6 +127,17 @@ def test_a_mirrored_image_lies_below_its_mirrored_rois(table):
     assert checked == 2 * len(table.paths)
 
 
+def test_background_may_begin_at_any_overlap(table):
+    shared = []
+    for low in (0.0, 0.3):
+        source = DetectionBatches(table, *IDENTITY, [120], 500, seed=0, background_overlap=low)
+        rois = detection_batches.rois_of(table, 0)
+        chosen, labels = source._sample(rois, np.random.default_rng(0))
+        shared.append(rois.overlap[chosen[labels == 0]])
+    assert shared[0].min() == 0
+    assert shared[1].min() >= 0.3 and shared[1].max() < 0.5
+
+
 def test_targets_undone_give_the_object(table):
     statistics = detection_batches.target_statistics(table, 2)
     arrays = batches(table, statistics=statistics)(0).arrays
