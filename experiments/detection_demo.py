@@ -47,7 +47,7 @@ BACKGROUND_OVERLAP = 0.0  # where objects are small, nearly all proposals lie ap
 WHITE = 99  # percentile of an image's pixels that lightening makes as bright as can be
 ROWS, COLUMNS = 3, 3  # test images in the picture
 TILE = (400, 300)  # width and height of each in pixels
-SHOWN = 0.9  # the picture shows detections with this score or more
+SHOWN = 0.95  # the picture shows detections with this score or more
 
 
 class Steps:
@@ -95,13 +95,15 @@ def run(arguments: argparse.Namespace) -> int:
     voc = Voc(arguments.voc)
     initial = initialise(arguments, voc, steps)
     untrained = os.path.join(out, "random_scores.caffemodel")
-    guarded.in_child(write_untrained, initial, len(voc.classes), arguments.seed, untrained)
+    with steps.counted("random scores"):
+        guarded.in_child(write_untrained, initial, len(voc.classes), arguments.seed, untrained)
     measured = [test(arguments, steps, untrained, 0)]
     for iterations in arguments.iterations:
         trained = train(arguments, steps, initial, iterations)
         measured.append(test(arguments, steps, trained, iterations))
-    guarded.in_child(write_picture, test_command(arguments, trained, iterations),
-                     os.path.join(out, "detections.jpg"))
+    with steps.counted("picture"):
+        guarded.in_child(write_picture, test_command(arguments, trained, iterations),
+                         os.path.join(out, "detections.jpg"))
     minutes = sum(steps.seconds.values()) / 60
     results.write_json(os.path.join(out, "demo.json"), {
         "measured": measured, "processor_seconds": steps.seconds, "processor_minutes": minutes,
@@ -258,9 +260,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add = parser.add_argument
     add("--voc", required=True, metavar="DIR", help="folder in VOC's layout")
     add("--out", required=True, metavar="DIR", help="folder for everything; a run in it is resumed")
-    add("--iterations", type=count, nargs="+", default=[1000, 4000], metavar="N",
+    add("--iterations", type=count, nargs="+", default=[1000, 2000, 4000], metavar="N",
         help="after which mAP is measured, ascending; the learning rate drops after three "
-             "quarters of the last (default 1000 4000)")
+             "quarters of the last (default 1000 2000 4000)")
     add("--cache", default=proposals.DEFAULT_CACHE, metavar="DIR", help="default %(default)s")
     add("--seed", type=argument_types.natural, default=0, metavar="N", help="default %(default)d")
     return guarded.command_line(run, parser.parse_args(argv), parser.prog)

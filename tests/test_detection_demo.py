@@ -31,8 +31,8 @@ def test_the_demonstration_measures_before_and_after_training_and_draws(voc_fold
     assert [row["iterations"] for row in content["measured"]] == [0, 1, 2]
     assert all(0 <= row["mAP"] <= 1 for row in content["measured"])
     assert list(content["processor_seconds"]) == [
-        "lightening", "proposals", "initialisation", "testing after 0", "training to 1",
-        "testing after 1", "training to 2", "testing after 2"]
+        "lightening", "proposals", "initialisation", "random scores", "testing after 0",
+        "training to 1", "testing after 1", "training to 2", "testing after 2", "picture"]
     assert content["processor_seconds"]["training to 1"] > 0
     width, height = detection_demo.TILE
     assert cv2.imread(str(out / "detections.jpg")).shape == (
