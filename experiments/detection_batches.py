@@ -1,9 +1,10 @@
 """What Fast R-CNN is trained on: the ROIs of the training set, and batches (Girshick 2015, 2.3).
 
 A batch is 2 images and 64 ROIs of each, a function of (seed, batch number) alone.  All numbers are
-Fast R-CNN's: a quarter of the ROIs overlap an object by 0.5 or more, the others by 0.1 up to 0.5;
-each epoch shows every image once as it is and once mirrored, at a random one of several sizes.
-The objects themselves are ROIs too; difficult objects do not exist here.
+Fast R-CNN's: a quarter of the ROIs overlap an object by 0.5 or more, the others by 0.1 (a
+parameter, `background_overlap`) up to 0.5; each epoch shows every image once as it is and once
+mirrored, at a random one of several sizes.  The objects themselves are ROIs too; difficult objects
+do not exist here.
 
     python experiments/detect_voc.py train models/caffenet/deploy.prototxt caffenet.caffemodel \\
         build/detection --voc VOCdevkit/VOC2007 --proposals voc_2007_trainval.mat
