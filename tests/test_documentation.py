@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from typing import Dict, List, NamedTuple
@@ -84,6 +85,9 @@ BEFORE = {
     "experiments/figure4.py": "cp -r build/kmeans build/single",
     "experiments/train_imagenet.py": "rm -r build/kmeans",
 }
+
+
+SECONDS = 300  # after which a command is no longer waited for
 
 
 class Ran(NamedTuple):
@@ -225,10 +229,15 @@ def _write_small_images(folder):
 def _run(folder, command: str) -> Ran:
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1",
                    "PATH": "%s:%s" % (folder / "bin", os.environ["PATH"])}
-    done = subprocess.run(command, shell=True, cwd=str(folder), env=environment, timeout=120,
+    with subprocess.Popen(command, shell=True, cwd=str(folder), env=environment,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          universal_newlines=True, check=False)
-    return Ran(command, done.returncode, done.stdout)
+                          universal_newlines=True, start_new_session=True) as process:
+        try:
+            said, _ = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return Ran(command, -1, "no end after %d s" % SECONDS)
+    return Ran(command, process.returncode, said)
 
 
 def _succeed(folder, command: str) -> None:
