@@ -63,6 +63,7 @@ class Report(NamedTuple):
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Convert what the command line names; return the exit status."""
     parser = guarded.Parser(
         prog="convert_weights.py", description="Bring foreign weights to another definition.")
     parser.add_argument("source", metavar="IN.prototxt", help="the foreign definition")

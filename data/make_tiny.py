@@ -44,6 +44,7 @@ class Shape(NamedTuple):
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Write everything below the folder that the command line names; return the exit status."""
     parser = guarded.Parser(prog="make_tiny.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", metavar="DIR", help="folder to write to; made where missing")
     parser.add_argument("--model", metavar="NET.prototxt",

@@ -34,6 +34,7 @@ class LmdbImages:
         self.labels = _Labels(len(self._keys), self.label)
 
     def name(self, index: int) -> str:
+        """Return an image's key."""
         return self._keys[index].decode("utf-8", "replace")
 
     def read(self, index: int) -> np.ndarray:
@@ -42,6 +43,7 @@ class LmdbImages:
         return cv2.merge(list(pixels)) if len(pixels) > 1 else pixels[0][:, :, None]
 
     def label(self, index: int) -> int:
+        """Return an image's class, from 0."""
         return self._image(index)[1]
 
     def _image(self, index: int) -> Tuple[np.ndarray, int]:

@@ -23,6 +23,7 @@ from voc import Voc
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Draw the images that the command line asks for; return the exit status."""
     parser = guarded.Parser(prog="sample_images.py", description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--voc", metavar="DIR", help="folder in VOC's layout to draw from")

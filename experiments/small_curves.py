@@ -80,18 +80,13 @@ class Trial(NamedTuple):
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train all cases and draw them; return the exit status."""
     parser = guarded.Parser(prog="small_curves.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", metavar="FILE.npz", required=True,
-                        help="train_images and test_images, uint8 (n, 32, 32, 3) in RGB; "
-                             "train_labels and test_labels (n), 0..9")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
+    study_data.add_arguments(parser)
     parser.add_argument("--seeds", metavar="N", type=count, default=3,
                         help="trials of each case (default: %(default)d)")
     parser.add_argument("--iterations", metavar="N", type=count, default=300,
                         help="default: %(default)d")
     parser.add_argument("--validate-every", metavar="N", type=count, default=50,
                         help="iterations between two points of a curve (default: %(default)d)")
-    parser.add_argument("--jobs", metavar="N", type=count, default=os.cpu_count(),
-                        help="runs at a time (default: one per core)")
     arguments = parser.parse_args(argv)
     guarded.log_to_stderr()
     return guarded.command_line(lambda given: _run(given, argv), arguments, parser.prog)

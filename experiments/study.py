@@ -25,7 +25,6 @@ import results
 import study_data
 import study_report
 import training_net
-from argument_types import count
 from cells import METHODS, SCALINGS
 from run_folder import sha256
 from study_trial import Trial, finished, run_trial
@@ -65,14 +64,9 @@ class Study(NamedTuple):
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the study; return the exit status."""
     parser = guarded.Parser(prog="study.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", metavar="FILE.npz", required=True,
-                        help="train_images and test_images, uint8 (n, height, width, 3) in RGB; "
-                             "train_labels and test_labels (n), from 0")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
+    study_data.add_arguments(parser)
     parser.add_argument("--config", metavar="FILE.yaml", default=os.path.join(HERE, "study.yaml"),
                         help="what to run (default: study.yaml beside this script)")
-    parser.add_argument("--jobs", metavar="N", type=count, default=os.cpu_count(),
-                        help="trainings at a time (default: one per core)")
     arguments = parser.parse_args(argv)
     guarded.log_to_stderr()
     return guarded.command_line(lambda given: _run(given, argv), arguments, parser.prog)

@@ -3,11 +3,14 @@
     PYTHONPATH=experiments python -c "import study_data; \\
         print(study_data.read('cifar10_mini.npz').train_images.shape)"
 """
+import argparse
 import os
 from typing import NamedTuple, Tuple
 
 import cv2
 import numpy as np
+
+from argument_types import count
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 SPLIT_SEED = 0  # the split is the same for all trials: it is part of the data
@@ -23,7 +26,18 @@ class Data(NamedTuple):
 
     @property
     def classes(self) -> int:
+        """One more than the largest label."""
         return int(max(self.train_labels.max(), self.test_labels.max())) + 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --data, --out and --jobs, which all experiments on such images have."""
+    parser.add_argument("--data", metavar="FILE.npz", required=True,
+                        help="train_images and test_images, uint8 (n, height, width, 3) in RGB; "
+                             "train_labels and test_labels (n), from 0")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
+    parser.add_argument("--jobs", metavar="N", type=count, default=os.cpu_count(),
+                        help="trainings at a time (default: one per core)")
 
 
 def read(path: str) -> Data:

@@ -36,18 +36,22 @@ class Entry(NamedTuple):
 
     @property
     def mean(self) -> Optional[float]:
+        """Mean of the trials in %, None where there is none."""
         return results.mean_and_error(self.trials)[0] if self.trials else None
 
     @property
     def error(self) -> Optional[float]:
+        """Standard error of the mean, None of fewer than two trials."""
         return results.mean_and_error(self.trials)[1] if self.trials else None
 
     @property
     def difference(self) -> Optional[float]:
+        """Ours less the paper's, in points of %."""
         return None if self.mean is None else self.mean - self.cell.paper
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Write the tables that the command line names; return the exit status."""
     parser = guarded.Parser(prog="tables.py", description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="+", choices=sorted(TABLES), metavar="TABLE",
                         help="which: %(choices)s")

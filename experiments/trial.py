@@ -33,6 +33,7 @@ NO_MATTER = {"--cpu": 0, "--gpu": 1, "--workers": 1, "--processes": 1, "--snapsh
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Train or test as the command line says; return the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
     own, command = (given[:given.index("--")], given[given.index("--") + 1:]) \
         if "--" in given else (given, [])
