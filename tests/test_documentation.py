@@ -185,7 +185,7 @@ def _checkout(folder):
 
 def _write_weights(folder, net, tiny):
     _succeed(folder, "python magic_init.py %s old.caffemodel --data 'photos/*' -bs 4 -nit 1 --cpu"
-             % net)
+             " -cs --report out.json" % net)
     _succeed(folder, "python magic_init.py models/googlenet/deploy.prototxt kmeans.caffemodel"
              " --data 'photos/*' -bs 4 -nit 1 --cpu")
     for name in ("OLD", "lenet", "pretrained", "caffenet", "build/doersch"):
