@@ -32,7 +32,8 @@ import guarded
 import proposals
 import results
 import run_folder
-from argument_types import count, natural, positive
+import training_options
+from argument_types import count, positive
 from average_precision import AveragePrecision, Detections, detection_ap
 from caffe_net import choose_device, use_device
 from detection_batches import largest_image_bytes, make_testing_images, scale_of
@@ -270,11 +271,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("net", metavar="NET", help="definition of the classification net, any dialect")
-    add("weights", metavar="WEIGHTS", help="caffemodel to start from, or 'none' for the fillers "
-                                           "of the definition")
-    add("folder", metavar="OUTDIR", help="folder for final.caffemodel, snapshots, log.csv, "
-                                         "curve.png and run.json; made where it is missing")
+    training_options.add_run(parser)
     _add_common(parser)
     add("--iterations", type=count, default=150000, metavar="N", help="default %(default)d")
     add("--lr", type=positive, default=0.001, metavar="RATE",
@@ -291,10 +288,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         help="ROIs that overlap an object by LOW up to 0.5 are background, others are not trained "
              "on; where objects are small, 0 shows the net what most proposals are like (default "
              "%(default)g)")
-    add("--seed", type=natural, default=0, metavar="N", help="default %(default)d")
-    add("--snapshot", type=count, default=10000, metavar="N",
-        help="iterations between snapshots (default %(default)d)")
-    add("--resume", action="store_true", help="go on from OUTDIR's last snapshot")
+    training_options.add_seed(parser)
+    training_options.add_snapshots(parser, 10000)
 
 
 def _background_overlap(text: str) -> float:
@@ -307,8 +302,7 @@ def _background_overlap(text: str) -> float:
 
 def _add_test(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("net", metavar="NET", help="the definition given to train")
-    add("weights", metavar="WEIGHTS", help="final.caffemodel, or a snapshot's")
+    training_options.add_trained(parser)
     _add_common(parser)
     add("--scales", type=count, default=600, metavar="PIXELS",
         help="length of images' shorter sides (default %(default)d)")

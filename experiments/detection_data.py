@@ -15,19 +15,16 @@ from typing import Any, Sequence
 
 import numpy as np
 
-import definitions
+from data_layer import DataLayer
 from detection_batches import IMAGES, ROIS, make_training_batches
 from prefetch import Prefetcher
 
-caffe: Any = definitions.import_caffe()
 
-
-class RoiData(caffe.Layer):
+class RoiData(DataLayer):
     """Tops: images (2, 3, height, width), ROIs (r, 5), labels (r,), and targets, inside and outside
     weights (r, 4 (classes + 1)).
 
-    Batch k of a run is a function of (seed, k); several solvers take turns.  Smaller images lie
-    in the top left corner; what they leave is 0, the mean colour.
+    Smaller images lie in the top left corner; what they leave is 0, the mean colour.
     """
 
     def setup(self, bottom: Sequence[Any], top: Sequence[Any]) -> None:
@@ -44,26 +41,12 @@ class RoiData(caffe.Layer):
             given["broken_limit"]), given["workers"],
             slot_bytes=IMAGES * given["image_bytes"] + rows + 1024,
             broken_limit=given["broken_limit"])
-        self.started = False
-
-    def begin(self, batch: int) -> None:
-        """Start at the batch that follows the first `batch` batches of a run."""
-        count = max(1, caffe.solver_count())
-        self.batches.start(batch * count + caffe.solver_rank(), count)
-        self.started = True
-
-    def close(self) -> None:
-        """End the workers."""
-        self.batches.close()
-        self.started = False
 
     def reshape(self, bottom: Sequence[Any], top: Sequence[Any]) -> None:
         pass  # done in forward, when the batch is known
 
     def forward(self, bottom: Sequence[Any], top: Sequence[Any]) -> None:
-        if not self.started:  # Caffe's own tools know no begin()
-            self.begin(0)
-        arrays = self.batches.next()
+        arrays = self.next_batch()
         images, rest = arrays[:IMAGES], arrays[IMAGES:]
         height, width = np.max([image.shape[1:] for image in images], axis=0)
         top[0].reshape(IMAGES, 3, int(height), int(width))
@@ -72,9 +55,6 @@ class RoiData(caffe.Layer):
         for blob, array in zip(_all(top)[1:], rest + rest[-1:]):  # weights inside and outside
             blob.reshape(*array.shape)
             blob.data[...] = array
-
-    def backward(self, *_: Any) -> None:
-        pass  # data has no gradient
 
 
 def _all(top: Sequence[Any]) -> Sequence[Any]:
