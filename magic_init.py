@@ -52,6 +52,8 @@ UNCERTAIN_FROM_SCRATCH = 0.15
 # With smaller changes of log scales, layers that are nearly homogeneous (LRN) have the degree that
 # their model gives: measurements before count on.
 SMALL = 0.3
+# Rates further apart are worth a changed definition of a net from scratch.
+APART = 1.5
 # A rescaled net's outputs may differ by this part of their std.
 TOLERANCE = 1e-3
 PATCH_BYTES = 1 << 29
@@ -290,12 +292,13 @@ def between_layers(session: Session, arguments: argparse.Namespace, loaded: bool
         return rescale_exactly(session, graph, solution, measured, arguments.alpha, output)
     else:
         done, graph = measure_in_turns(session, graph, arguments)
-        inner = {scaled.layer.name for scaled in graph.affine
-                 if not set(scaled.layer.tops) & set(working.outputs)}
-        solution = rescale.solve(graph, done.after, inner)
-        if solution.auxiliary:
-            done = rescale_exactly(session, graph, solution, done, arguments.alpha, output)
-            return done._replace(difference=None)  # a net from scratch has no function to keep
+        if change_rates.spread(done.after.by_layer()) > APART:
+            inner = {scaled.layer.name for scaled in graph.affine
+                     if not set(scaled.layer.tops) & set(working.outputs)}
+            solution = rescale.solve(graph, done.after, inner)
+            if solution.auxiliary:
+                done = rescale_exactly(session, graph, solution, done, arguments.alpha, output)
+                return done._replace(difference=None)  # a net from scratch has none to keep
     save_weights(working.net, working.definition, output)
     return done
 

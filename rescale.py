@@ -127,7 +127,8 @@ def solve_from_scratch(working: WorkingNet, rates: ChangeRates) -> Step:
     """Return the log scales that make the rates most equal in a net whose definition stays.
 
     LRN layers have a degree that depends on the scales: it is found in turns with these.  Of
-    several outputs each may get a scale of its own, as near to 1 as it can be.
+    several outputs all but the last, which is the main one, may get a scale of their own, as near
+    to 1 as it can be.
     """
     gain = ResponseGain(working)
     degrees = gain.degrees()

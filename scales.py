@@ -53,7 +53,7 @@ class ScaleGraph:
     """The free log scales of a net and the equations between them.
 
     With `degrees`, LRN layers stay as they are and have that degree (name: d, f(s x) = s^d f(x));
-    with `free_outputs`, outputs may change their scale.
+    with `free_outputs`, outputs may change their scale, but for the net's last.
     `affine` lists the layers with weights, `adjusted` what else changes with scales, by layer:
     LRN (alpha / s^2), BatchNorm (mean * s, variance and eps * s^2), Bias and Scale with two
     bottoms (b * s).
@@ -74,7 +74,7 @@ class ScaleGraph:
         for layer in working.layers:
             self._add(layer)
         for name in working.outputs:
-            if free_outputs:
+            if free_outputs and name != working.outputs[-1]:
                 self.unify(self.blobs[name])
             else:
                 self.pin(self.blobs[name], "the output '%s'" % name)
