@@ -44,7 +44,7 @@ setup(
         "opencv-contrib-python-headless>=4.4,<4.12",
         "matplotlib>=3.3,<3.10",
         "tqdm>=4.50,<5",
-        "threadpoolctl>=2,<4",
+        "threadpoolctl>=3,<4",
     ],
     extras_require={
         "cpu": CAFFE_CPU,
