@@ -9,7 +9,6 @@ the number of workers; a run that was killed goes on where it last committed.
 """
 import argparse
 import collections
-import ctypes
 import hashlib
 import logging
 import os
@@ -44,7 +43,6 @@ AHEAD = 2  # chunks that are decoded before they are written
 STATE = "make_lmdb.json"  # beside data.mdb: what the database is made from
 JPEG_QUALITY = 95
 LONGEST_KEY = 500  # LMDB allows 511 bytes
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 Record = Union[bytes, memoryview]  # a serialised Datum
@@ -193,7 +191,7 @@ def _write_chunks(out: str, stored: Sequence[Entry], first: int,
     The database is opened anew for every chunk: which free pages LMDB takes depends on what it
     remembers of earlier transactions, and a resumed run must come to the same bytes.
     """
-    _keep_freed_memory()
+    guarded.keep_freed_memory()
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # our own threads use the cores
     pool = ThreadPoolExecutor(workers)
@@ -234,18 +232,6 @@ def _write_chunk(out: str, stored: Sequence[Entry], start: int, futures: Sequenc
                 if not transaction.put(_key(place, stored[place].path), record, append=True):
                     raise ValueError("%s: another process writes into it" % out)
             bar.update()
-
-
-def _keep_freed_memory() -> None:
-    """Make malloc reuse what is freed instead of handing it back to the kernel.
-
-    By default every image and every record that LMDB holds until its commit is fresh memory, and
-    the page faults for it cost more than all else that writing does.  glibc only.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _encoder(root: str, settings: Dict[str, Any]) -> Callable[[Entry], Record]:
