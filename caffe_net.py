@@ -7,6 +7,7 @@ before the next can run) and `run_batch` (a plain pass over one batch).
     python -c "import caffe_net; print(caffe_net.choose_device(False, None))"
 """
 import concurrent.futures
+import functools
 import glob
 import os
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import cv2
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from definitions import Input, build, import_caffe, outputs
 from guarded import ChildDied, in_child
@@ -56,6 +58,21 @@ def use_device(gpu: Optional[int]) -> None:
 
 def _probe_gpu(gpu: int) -> None:
     use_device(gpu)
+
+
+def one_blas_thread() -> Any:
+    """Return a context in which the BLAS of NumPy and SciPy computes on one thread.
+
+    Its idle threads spin for a while and take a core from Caffe's next layer; beside threads of
+    our own, and on small matrices, they take several times as long as none.
+    """
+    return _blas().limit(limits=1, user_api="blas")
+
+
+@functools.lru_cache(maxsize=None)
+def _blas() -> ThreadpoolController:
+    """The BLAS libraries of this process: finding them takes milliseconds."""
+    return ThreadpoolController()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,9 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
-from caffe_net import Geometry, WorkingNet, affine_view, geometry, sum_of_squares
+from caffe_net import (
+    Geometry,
+    WorkingNet,
+    affine_view,
+    geometry,
+    one_blas_thread,
+    sum_of_squares,
+)
 from scales import AffineScales, ScaleGraph
 
 # Random numbers eta that a measurement draws at least.
@@ -157,16 +163,14 @@ def measure(graph: ScaleGraph, rng: np.random.Generator,
     working = graph.working
     size = sum(working.blob(name).data.size for name in working.outputs)
     passes = range(-(-LOSSES // size))
-    blas = ThreadpoolController()
-    found = mean_moments([_one_pass(graph, working.outputs, rng, known is None, blas)
-                          for _ in passes])
+    found = mean_moments([_one_pass(graph, working.outputs, rng, known is None) for _ in passes])
     gradients, products = found.squares[:, None], found.products[None]
     if known is not None:
         gradients = gradients * known.shares()
         products = known.products_at(gradients)
     elif graph.free_outputs:
         gradients = np.stack([
-            mean_moments([_one_pass(graph, [name], rng, False, blas) for _ in passes]).squares
+            mean_moments([_one_pass(graph, [name], rng, False) for _ in passes]).squares
             for name in working.outputs], axis=1)
     pairs = [(number, affine_view(scaled.layer, scaled.layer.weights, scaled.in_channels)[
         block.groups, :, block.inputs]) for number, scaled in enumerate(graph.owners())
@@ -194,7 +198,7 @@ def mean_moments(passes: Sequence[Moments]) -> Moments:
 
 
 def _one_pass(graph: ScaleGraph, names: Sequence[str], rng: np.random.Generator,
-              products: bool, blas: ThreadpoolController) -> Moments:
+              products: bool) -> Moments:
     """Moments of all pairs from one backward pass, with losses on some outputs."""
     working = graph.working
     for name in working.outputs:
@@ -204,8 +208,7 @@ def _one_pass(graph: ScaleGraph, names: Sequence[str], rng: np.random.Generator,
         if not per_image(scaled.layer.parameters):
             scaled.layer.blobs[0].diff[...] = 0  # Caffe adds to what is there
     working.backward()
-    # BLAS's threads beside ours, on matrices as small as these, take several times as long
-    with blas.limit(limits=1, user_api="blas"):
+    with one_blas_thread():
         found = [moments(scaled, working, products) for scaled in graph.owners()]
     images = len(working.blob(working.layers[0].tops[0]).data)
     found = [one if len(one.squares) == images else _of_rows(one, images) for one in found]

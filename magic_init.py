@@ -17,7 +17,6 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Se
 
 import numpy as np
 from google.protobuf import text_format
-from threadpoolctl import threadpool_limits
 
 import argument_types
 import caffe_net
@@ -93,9 +92,7 @@ def set_weights(stop: Stop, working: WorkingNet, batches: int, kind: str, within
         found = weights.SCHEMES[kind](patches[group], filters.shape[1],
                                       np.random.default_rng(seeds[group]))
         filters[group] = found.reshape(filters[group].shape)
-    # BLAS's idle threads spin for a while and would take a core from Caffe's next layer
-    with threadpool_limits(1, user_api="blas"), \
-            ThreadPoolExecutor(os.cpu_count()) as pool:
+    with caffe_net.one_blas_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(make, range(groups)))
     return kind
 

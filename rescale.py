@@ -14,9 +14,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Se
 import numpy as np
 import scipy.linalg
 import scipy.optimize
-from threadpoolctl import threadpool_limits
 
-from caffe_net import WorkingNet, address, affine_view
+from caffe_net import WorkingNet, address, affine_view, one_blas_thread
 from change_rates import ChangeRates, spread
 from scales import Form, ScaleGraph, plus
 
@@ -57,7 +56,7 @@ def solve(graph: ScaleGraph, rates: ChangeRates, may_divide: Set[str]) -> Soluti
     another layer of `may_divide` gets an auxiliary Power layer behind it (section 3.2), the one
     that helps most.
     """
-    with threadpool_limits(1, user_api="blas"):  # for small matrices OpenBLAS's threads are slow
+    with one_blas_thread():
         return _solved(_Problem(graph, rates), may_divide)
 
 
