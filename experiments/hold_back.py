@@ -37,14 +37,16 @@ def run(arguments: argparse.Namespace) -> None:
     voc = Voc(arguments.voc)
     lists = os.path.join(arguments.out, "ImageSets", "Main")
     os.makedirs(lists, exist_ok=True)
+    found = {}
+    if arguments.proposals is not None:
+        known = voc.images("trainval")
+        found = dict(zip(known, read_mat(arguments.proposals, known)))
     for split, source in SPLITS.items():
         images, labels = voc.images(source), voc.labels(source)
         for name, column in zip(voc.classes, labels.T):
             _write(os.path.join(lists, "%s_%s.txt" % (name, split)),
                    ["%s %s" % pair for pair in zip(images, map(FLAGS.get, column))])
         if arguments.proposals is not None:
-            found = dict(zip(voc.images("trainval"),
-                             read_mat(arguments.proposals, voc.images("trainval"))))
             _write_mat(os.path.join(arguments.out, split + ".mat"), images,
                        [found[image] for image in images])
         _write(os.path.join(lists, split + ".txt"), images)
