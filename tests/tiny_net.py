@@ -8,18 +8,20 @@ from typing import Callable, List
 EXPERIMENTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "experiments")
 DEFINITION = """
 name: "tiny"
-layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 4 dim: 3 dim: 32 dim: 32 } } }
+layer { name: "data" type: "Input" top: "data"
+  input_param { shape { dim: 4 dim: 3 dim: 32 dim: 32 } } }
 layer { name: "conv1" type: "Convolution" bottom: "data" top: "conv1"
   convolution_param { num_output: 4 kernel_size: 8 stride: 4 weight_filler { type: "xavier" } } }
 layer { name: "relu1" type: "ReLU" bottom: "conv1" top: "conv1" }
-layer { name: "drop1" type: "Dropout" bottom: "conv1" top: "conv1" dropout_param { dropout_ratio: 0.5 } }
+layer { name: "drop1" type: "Dropout" bottom: "conv1" top: "conv1"
+  dropout_param { dropout_ratio: 0.5 } }
 layer { name: "fc2" type: "InnerProduct" bottom: "conv1" top: "fc2"
   inner_product_param { num_output: 6 weight_filler { type: "xavier" } } }
 layer { name: "relu2" type: "ReLU" bottom: "fc2" top: "fc2" }
 layer { name: "fc3" type: "InnerProduct" bottom: "fc2" top: "fc3"
   inner_product_param { num_output: 10 weight_filler { type: "xavier" } } }
 layer { name: "prob" type: "Softmax" bottom: "fc3" top: "prob" }
-"""  # noqa: E501
+"""
 
 
 def write(path) -> str:
