@@ -16,6 +16,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
+import argument_types
 import caffe_net
 import change_rates
 import definitions
@@ -55,6 +56,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--cases", nargs="+", metavar="CASE", choices=[one.name for one in CASES],
                         default=[one.name for one in CASES[:4]],
                         help="what to run: %(choices)s (default: the first four)")
+    parser.add_argument("--seed", type=argument_types.natural, default=1,
+                        help="seed of the weights (default: 1)")
     arguments = parser.parse_args(argv)
     guarded.log_to_stderr()
     return guarded.command_line(run, arguments, parser.prog)
@@ -67,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="bench.") as folder:
         for case in CASES:
             if case.name in arguments.cases:
-                rows.append(time_case(case, arguments.data, arguments.measure, folder))
+                rows.append(time_case(case, arguments, folder))
                 log.info("%s", rows[-1])
     results.write_json(arguments.out, rows)
     print("%-20s %8s %8s %9s %8s %8s" % ("case", "F (s)", "time/F", "peak (MB)", "rates", "unseen"))
@@ -77,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
             row["spread_unseen"]))
 
 
-def time_case(case: Case, data: str, measure: str, folder: str) -> Dict[str, Any]:
+def time_case(case: Case, arguments: argparse.Namespace, folder: str) -> Dict[str, Any]:
     """Return seconds, the ratio to F, peak memory and the spread of change rates of one run.
 
     F is measured before and after the run, and the lower one counts.
@@ -87,20 +90,21 @@ def time_case(case: Case, data: str, measure: str, folder: str) -> Dict[str, Any
     report = os.path.join(folder, "report.json")
     flags = [os.path.join(folder, flag + ".caffemodel") if flag in {one.name for one in CASES}
              else flag for flag in case.flags]
+    data = arguments.data
     before = guarded.in_child(forward_seconds, net, data)
     command = [sys.executable, os.path.join(os.path.dirname(MODELS), "magic_init.py"), net, output,
-               "-d", data, "--report", report, "--quiet", "--seed", "1"] + flags
+               "-d", data, "--report", report, "--quiet", "--seed", str(arguments.seed)] + flags
     started = time.perf_counter()
     peak = _run(command)
     seconds = time.perf_counter() - started
     forward = min(before, guarded.in_child(forward_seconds, net, data))
     written = os.path.splitext(output)[0] + ".prototxt"
     unseen = guarded.in_child(unseen_spread, written if os.path.exists(written) else net, output,
-                              measure)
+                              arguments.measure)
     found = results.read_json(report)
-    return {"case": case.name, "forward_seconds": forward, "seconds": seconds,
-            "ratio": seconds / forward, "peak_mb": peak / 1e3, "spread": found["spread_after"],
-            "spread_unseen": unseen, "phases": found["seconds"]}
+    return {"case": case.name, "seed": arguments.seed, "forward_seconds": forward,
+            "seconds": seconds, "ratio": seconds / forward, "peak_mb": peak / 1e3,
+            "spread": found["spread_after"], "spread_unseen": unseen, "phases": found["seconds"]}
 
 
 def _run(command: Sequence[str]) -> int:
