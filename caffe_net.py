@@ -1,8 +1,8 @@
 """What Caffe is like: nets, their layers, the walk over them, and feeding images.
 
-`WorkingNet` is a net that we measure on.  Two orders of visiting it share one cutting into
-segments: `walk` (layer by layer over all batches; section 3.1 needs the statistics of one layer
-before the next can run) and `run_batch` (a plain pass over one batch).
+`WorkingNet` is a net that we measure on.  There are two orders of visiting it: `walk` (layer by
+layer over all batches; section 3.1 needs the statistics of one layer before the next can run) and
+`WorkingNet.forward` (a plain pass over one batch).
 
     python -c "import caffe_net; print(caffe_net.choose_device(False, None))"
 """

@@ -90,14 +90,14 @@ def time_case(case: Case, arguments: argparse.Namespace, folder: str) -> Dict[st
     report = os.path.join(folder, "report.json")
     flags = [os.path.join(folder, flag + ".caffemodel") if flag in {one.name for one in CASES}
              else flag for flag in case.flags]
-    data = arguments.data
-    before = guarded.in_child(forward_seconds, net, data)
+    before = guarded.in_child(forward_seconds, net, arguments.data)
     command = [sys.executable, os.path.join(os.path.dirname(MODELS), "magic_init.py"), net, output,
-               "-d", data, "--report", report, "--quiet", "--seed", str(arguments.seed)] + flags
+               "-d", arguments.data, "--report", report, "--quiet",
+               "--seed", str(arguments.seed)] + flags
     started = time.perf_counter()
     peak = _run(command)
     seconds = time.perf_counter() - started
-    forward = min(before, guarded.in_child(forward_seconds, net, data))
+    forward = min(before, guarded.in_child(forward_seconds, net, arguments.data))
     written = os.path.splitext(output)[0] + ".prototxt"
     unseen = guarded.in_child(unseen_spread, written if os.path.exists(written) else net, output,
                               arguments.measure)
