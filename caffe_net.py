@@ -352,6 +352,13 @@ class Statistics:
         squares += rows.shape[2] * ((means - mean) ** 2).sum(axis=0)
         self._join(float(rows.shape[0] * rows.shape[2]), mean, squares)
 
+    def joined(self, other: "Statistics") -> "Statistics":
+        """Statistics of both's images."""
+        both = Statistics()
+        for one in (self, other):
+            both._join(one.count, one.mean, one.squares)
+        return both
+
     def _join(self, count: float, mean: np.ndarray, squares: np.ndarray) -> None:
         total = self.count + count
         step = mean - self.mean

@@ -24,6 +24,7 @@ from caffe_net import (
     one_blas_thread,
     sum_of_squares,
 )
+from crew import ALONE, Crew
 from scales import AffineScales, ScaleGraph
 
 # Random numbers eta that a measurement draws at least.
@@ -152,25 +153,27 @@ def spread(rates: np.ndarray) -> float:
 # ---------------------------------------------------------------------------------------------
 
 def measure(graph: ScaleGraph, rng: np.random.Generator,
-            known: Optional[ChangeRates] = None) -> ChangeRates:
+            known: Optional[ChangeRates] = None, crew: Crew = ALONE) -> ChangeRates:
     """Run backward passes from what the net's blobs hold and return the change rates.
 
     Every image gets its own random loss eta ~ N(0, I) at every output.  Where outputs are few, the
     mean over several passes is taken, until LOSSES random numbers were drawn.  Outputs that may
     be rescaled get passes of their own.  With `known` rates of the net as it is, from other
-    images, the outputs' shares and the variation within pairs are taken from there.
+    images, the outputs' shares and the variation within pairs are taken from there.  The images
+    of a crew are those of all its processes, which get the same rates.
     """
     working = graph.working
-    size = sum(working.blob(name).data.size for name in working.outputs)
+    size = sum(working.blob(name).data.size for name in working.outputs) * crew.size
     passes = range(-(-LOSSES // size))
-    found = mean_moments([_one_pass(graph, working.outputs, rng, known is None) for _ in passes])
+    found = mean_moments([_one_pass(graph, working.outputs, rng, known is None, crew)
+                          for _ in passes])
     gradients, products = found.squares[:, None], found.products[None]
     if known is not None:
         gradients = gradients * known.shares()
         products = known.products_at(gradients)
     elif graph.free_outputs:
         gradients = np.stack([
-            mean_moments([_one_pass(graph, [name], rng, False) for _ in passes]).squares
+            mean_moments([_one_pass(graph, [name], rng, False, crew) for _ in passes]).squares
             for name in working.outputs], axis=1)
     pairs = [(number, affine_view(scaled.layer, scaled.layer.weights, scaled.in_channels)[
         block.groups, :, block.inputs]) for number, scaled in enumerate(graph.owners())
@@ -197,13 +200,37 @@ def mean_moments(passes: Sequence[Moments]) -> Moments:
                    np.mean([one.products for one in passes], axis=0))
 
 
+def joined_moments(parts: Sequence[Moments]) -> Moments:
+    """Return the moments of all images of a batch from those of its parts.
+
+    Products of images in different parts are not known: within a block they are to those of their
+    sums of squares as products of images in the same part are.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    squares = np.concatenate([part.squares for part in parts])
+    known = sum(_products_of_sums(part.squares) for part in parts)
+    products = sum(part.products for part in parts)
+    ratio = np.divide(products, known, out=np.zeros_like(products), where=known > 0)
+    return Moments(squares, ratio * _products_of_sums(squares))
+
+
+def _products_of_sums(squares: np.ndarray) -> np.ndarray:
+    """The means of s_n s_m over n != m of sums of squares s (images, blocks)."""
+    return _between_images(squares.sum(axis=0) ** 2, (squares ** 2).sum(axis=0), len(squares))
+
+
 def _one_pass(graph: ScaleGraph, names: Sequence[str], rng: np.random.Generator,
-              products: bool) -> Moments:
+              products: bool, crew: Crew) -> Moments:
     """Moments of all pairs from one backward pass, with losses on some outputs."""
     working = graph.working
     for name in working.outputs:
         diff = working.blob(name).diff
-        diff[...] = rng.standard_normal(diff.shape, dtype=np.float32) if name in names else 0
+        diff[...] = 0
+        if name in names:
+            rows = len(diff) * crew.size
+            losses = rng.standard_normal((rows,) + diff.shape[1:], dtype=np.float32)
+            diff[...] = losses[crew.own(rows)]
     for scaled in graph.affine:
         if not per_image(scaled.layer.parameters):
             scaled.layer.blobs[0].diff[...] = 0  # Caffe adds to what is there
@@ -212,8 +239,9 @@ def _one_pass(graph: ScaleGraph, names: Sequence[str], rng: np.random.Generator,
         found = [moments(scaled, working, products) for scaled in graph.owners()]
     images = len(working.blob(working.layers[0].tops[0]).data)
     found = [one if len(one.squares) == images else _of_rows(one, images) for one in found]
-    return Moments(np.concatenate([one.squares for one in found], axis=1),
-                   np.concatenate([one.products for one in found]))
+    return joined_moments(crew.gather(Moments(
+        np.concatenate([one.squares for one in found], axis=1),
+        np.concatenate([one.products for one in found]))))
 
 
 def per_image(layer: Any) -> bool:
@@ -315,7 +343,7 @@ def _of_convolution(scaled: AffineScales, bottom: np.ndarray, top: np.ndarray,
                   for block, fourth in zip(scaled.blocks, fourths)]))
 
 
-def _between_images(of_sum: float, of_each: float, images: int) -> float:
+def _between_images(of_sum: Any, of_each: Any, images: int) -> Any:
     """The mean of q_n q_m over n != m from (sum q_n)^2 and sum q_n^2; q Gaussian for one image."""
     if images == 1:
         return of_sum / 3

@@ -24,6 +24,12 @@ SOURCES = {"Input", "Data", "ImageData", "HDF5Data", "MemoryData", "DummyData", 
 SCORES = {"Accuracy", "LabelsequenceAccuracy", "Silence", "HDF5Output"}
 # Cut off where nothing reads them: the paper's random loss sits on what they are given.
 LAST_ONLY = {"Softmax", "ArgMax"}
+# Layers that compute each image of a batch by itself, where their axis is not the first.
+BY_IMAGE = {"Input", "AbsVal", "BatchNorm", "Bias", "BNLL", "Concat", "Convolution", "Crop",
+            "Deconvolution", "Dropout", "Eltwise", "ELU", "Embed", "Exp", "Flatten", "Im2col",
+            "InnerProduct", "Log", "LRN", "MVN", "Permute", "Pooling", "Power", "PReLU", "ReLU",
+            "Reshape", "Scale", "Sigmoid", "Slice", "Softmax", "Split", "SPP", "Swish", "TanH",
+            "Threshold", "Tile"}
 # V1 types whose names today are not the same letters in CamelCase.
 V1_TYPE_NAMES = {"HDF5_DATA": "HDF5Data", "HDF5_OUTPUT": "HDF5Output", "LRN": "LRN", "MVN": "MVN",
                  "RELU": "ReLU", "TANH": "TanH", "BNLL": "BNLL", "ABSVAL": "AbsVal",
@@ -359,6 +365,31 @@ def build(definition: Any) -> Any:
         file.write(text_format.MessageToString(definition))
         file.flush()
         return caffe.Net(file.name, caffe.TEST)
+
+
+def mixing_layer(definition: Any) -> Optional[str]:
+    """Return the first layer in which images of one batch may meet, or whose parameters fix how
+    many there are; None where a batch may be computed in parts."""
+    for layer in definition.layer:
+        if layer.type not in BY_IMAGE or _works_on_batch(layer):
+            return "%s (%s)" % (layer.name, layer.type)
+    return None
+
+
+def _works_on_batch(layer: Any) -> bool:
+    """Whether a layer of BY_IMAGE works along the first axis, that of images."""
+    if layer.type == "Reshape":
+        parameters = layer.reshape_param
+        return parameters.axis == 0 and bool(parameters.shape.dim) and parameters.shape.dim[0] > 0
+    if layer.type == "Permute":
+        return list(layer.permute_param.order)[:1] not in ([], [0])
+    if layer.type == "BatchNorm":
+        parameters = layer.batch_norm_param
+        return parameters.HasField("use_global_stats") and not parameters.use_global_stats
+    axes = [getattr(parameters, name) for field, parameters in layer.ListFields()
+            for name in ("axis", "concat_dim", "slice_dim")
+            if field.name.endswith("_param") and hasattr(parameters, name)]
+    return any(axis == 0 or axis < -1 for axis in axes)
 
 
 def _included(layer: Any, state: Any) -> bool:

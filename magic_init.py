@@ -31,8 +31,8 @@ from caffe_net import BlobStore, Layer, Statistics, Stop, WorkingNet
 from change_rates import ChangeRates
 from report import LayerRecord, Result
 from scales import ScaleGraph
-from session import STOPS, Session
-from trained_weights import load_weights, save_weights
+from session import STOPS, Session, in_crew
+from trained_weights import load_weights
 
 log = logging.getLogger("magic_init")
 
@@ -62,14 +62,13 @@ PATCH_BYTES = 1 << 29
 # Weights (section 3.3)
 # ---------------------------------------------------------------------------------------------
 
-def set_weights(stop: Stop, working: WorkingNet, batches: int, kind: str, within: bool,
-                rng: np.random.Generator) -> str:
+def set_weights(stop: Stop, session: Session, kind: str, within: bool) -> str:
     """Give a layer fresh weights of a kind in TYPES and biases of 0; return what they are.
 
     Data-driven kinds apply to two-dimensional convolutions; all other layers are Gaussian, as in
     the paper, and Scale layers 1.
     """
-    layer = stop.layer
+    layer, rng = stop.layer, session.rng
     if layer.has_bias:
         layer.blobs[1].data[...] = 0
     if layer.type == "Scale":
@@ -85,27 +84,30 @@ def set_weights(stop: Stop, working: WorkingNet, batches: int, kind: str, within
         return "gaussian (%s is for 2-D convolutions)" % kind
     groups = layer.parameters.convolution_param.group
     filters = layer.weights.reshape((groups, -1) + layer.weights.shape[1:])
-    patches = _patches(stop, working, batches, geometry, groups, rng)
+    patches = _patches(stop, session, geometry, groups)
     seeds = rng.integers(0, 2 ** 63, size=groups)
 
     def make(group: int) -> None:
         found = weights.SCHEMES[kind](patches[group], filters.shape[1],
                                       np.random.default_rng(seeds[group]))
         filters[group] = found.reshape(filters[group].shape)
-    with caffe_net.one_blas_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(make, range(groups)))
+    if session.crew.first:
+        with caffe_net.one_blas_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(make, range(groups)))
+    layer.weights[...] = session.crew.share(layer.weights)
     return kind
 
 
-def _patches(stop: Stop, working: WorkingNet, batches: int, geometry: caffe_net.Geometry,
-             groups: int, rng: np.random.Generator) -> List[np.ndarray]:
-    """Return the patches (n, d) that each group of a convolution's filters sees.
+def _patches(stop: Stop, session: Session, geometry: caffe_net.Geometry,
+             groups: int) -> List[np.ndarray]:
+    """Return the patches (n, d) that each group of a convolution's filters sees, to the first of
+    a crew; the others get none.
 
     They come from the first half of the batches: filters respond more to what they were made from
     than to other images, and change rates are to be measured on others.
     """
-    batches = (batches + 1) // 2
-    bottom = working.blob(stop.layer.bottoms[0]).data
+    batches, rng = (session.batches + 1) // 2, session.rng
+    bottom = session.working.blob(stop.layer.bottoms[0]).data
     depth = bottom.shape[1] // groups
     dimension = depth * int(np.prod(geometry.kernel))
     count = min(weights.PATCHES_PER_DIMENSION * dimension, PATCH_BYTES // (4 * dimension * groups))
@@ -117,10 +119,13 @@ def _patches(stop: Stop, working: WorkingNet, batches: int, geometry: caffe_net.
         share = count * (batch + 1) // batches - count * batch // batches
         for group, part in enumerate(parts):
             part.append(weights.sample_patches(bottom[:, group * depth:(group + 1) * depth], share,
-                                               rng, *pairs))
+                                               rng, *pairs, crew=session.crew))
     # k-means goes through the patches in parts: each is to see all images
-    return [np.concatenate(part).reshape(count, dimension)[rng.permutation(count)]
-            for part in parts]
+    orders = [rng.permutation(count) for _ in range(groups)]
+    crews = session.crew.collect(parts)
+    return [np.concatenate([one for batch in zip(*(found[group] for found in crews))
+                            for one in batch]).reshape(count, dimension)[order]
+            for group, order in enumerate(orders) if crews]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -140,16 +145,14 @@ def normalisation(mean: np.ndarray, variance: np.ndarray,
     return factor, beta - mean * factor, ~live
 
 
-def normalise(stop: Stop, store: BlobStore, working: WorkingNet,
+def normalise(layer: Layer, measured: Statistics, store: BlobStore, working: WorkingNet,
               beta: float) -> Tuple[Statistics, int]:
     """Scale a layer that has just run so that its outputs have mean beta and variance 1.
 
     W(i, :) <- W(i, :) / sigma_i and b_i <- beta - mu_i / sigma_i.  The outputs in `store` follow:
-    z = W x + b is affine, so they need no second pass.  Returns the statistics after it and how
-    many channels are constant.
+    z = W x + b is affine, so they need no second pass.  Returns the statistics after it, which
+    were `measured` before, and how many channels are constant.
     """
-    layer, measured = stop.layer, stop.statistics
-    assert measured is not None
     rows = caffe_net.affine_view(layer, layer.weights, 1)
     outputs = rows.shape[0] * rows.shape[1]
     mean, variance = measured.mean, measured.variance
@@ -170,16 +173,17 @@ def normalise(stop: Stop, store: BlobStore, working: WorkingNet,
     return measured.changed(factor, shift), int(constant.sum())
 
 
-def set_statistics(stop: Stop, working: WorkingNet, batches: int) -> None:
+def set_statistics(stop: Stop, session: Session) -> None:
     """Give a BatchNorm layer mean and variance of its input over all images.
 
     Training will normalise by its batches' own, which come close to these.
     """
-    bottom = working.blob(stop.layer.bottoms[0]).data
-    measured = Statistics()
-    for batch in range(batches):
+    bottom = session.working.blob(stop.layer.bottoms[0]).data
+    own = Statistics()
+    for batch in range(session.batches):
         stop.load(batch)
-        measured.add(bottom)
+        own.add(bottom)
+    measured, _ = session.joined(stop._replace(statistics=own))
     mean, variance, correction = stop.layer.blobs[:3]
     mean.data[...] = measured.mean
     variance.data[...] = measured.variance
@@ -192,49 +196,47 @@ class Plan(NamedTuple):
     kind: str
     within: bool
     beta: float
-    batches: int
 
 
-def initialise(working: WorkingNet, plan: Plan, store: BlobStore, feed: Callable[[int], None],
-               rng: np.random.Generator, step: Callable[[], Any],
-               ) -> Tuple[List[LayerRecord], Dict[str, np.ndarray]]:
+def initialise(session: Session, plan: Plan, store: BlobStore,
+               step: Callable[[], Any]) -> List[LayerRecord]:
     """Algorithm 1 on every layer of `plan.fresh`, in one pass.
 
     Other layers only have their outputs measured.  `step` is called behind every layer.  Returns
-    what was done to all, and the energy of each layer's input, batch by batch.
+    what was done to all; the session keeps the energy of each layer's input, batch by batch.
     """
+    working = session.working
     done: Dict[str, str] = {}
     records: List[LayerRecord] = []
-    energy: Dict[str, np.ndarray] = {}
-    for stop in caffe_net.walk(working, store, plan.batches, STOPS, feed):
+    for stop in caffe_net.walk(working, store, session.batches, STOPS, session.put):
         layer = stop.layer
         fresh = layer.name in plan.fresh
         sharer = working.shared_with(layer)
         if stop.statistics is None:
             done[layer.name] = "shares " + sharer if sharer else "loaded"
             if fresh and not sharer:
-                done[layer.name] = _set_parameters(stop, working, plan, rng)
+                done[layer.name] = _set_parameters(stop, session, plan)
             continue
-        statistics, dead = stop.statistics, 0
+        statistics, energy = session.joined(stop)
+        dead = 0
         if fresh and not sharer and plan.within and caffe_net.is_affine(layer):
-            statistics, dead = normalise(stop, store, working, plan.beta)
+            statistics, dead = normalise(layer, statistics, store, working, plan.beta)
         step()
         if not caffe_net.is_affine(layer):
             continue
-        energy[layer.name] = stop.energy
+        session.energy[layer.name] = energy
         mean, variance = statistics.overall()
         records.append(LayerRecord(layer.name, layer.type, done[layer.name], layer.weights.size,
                                    mean, float(np.sqrt(variance)), dead))
         _check_output(records[-1])
-    return records, energy
+    return records
 
 
-def _set_parameters(stop: Stop, working: WorkingNet, plan: Plan,
-                    rng: np.random.Generator) -> str:
+def _set_parameters(stop: Stop, session: Session, plan: Plan) -> str:
     if stop.layer.type == "BatchNorm":
-        set_statistics(stop, working, plan.batches)
+        set_statistics(stop, session)
         return "measured"
-    made = set_weights(stop, working, plan.batches, plan.kind, plan.within, rng)
+    made = set_weights(stop, session, plan.kind, plan.within)
     if not plan.within and stop.layer.has_bias:
         stop.layer.blobs[1].data[...] = plan.beta
     return made
@@ -296,7 +298,7 @@ def between_layers(session: Session, arguments: argparse.Namespace, loaded: bool
             if solution.auxiliary:
                 done = rescale_exactly(session, graph, solution, done, arguments.alpha, output)
                 return done._replace(difference=None)  # a net from scratch has none to keep
-    save_weights(working.net, working.definition, output)
+    session.save(output)
     return done
 
 
@@ -312,7 +314,7 @@ def measure_in_turns(session: Session, graph: ScaleGraph,
     total = since = np.zeros(graph.variables)
     with session.bar("between layers", arguments.iterations) as bar:
         for turn in range(arguments.iterations):
-            step = rescale.solve_from_scratch(session.working, measured)
+            step = rescale.solve_from_scratch(session.working, measured, session.crew)
             scales = arguments.alpha * step.log_scales
             rescale.apply_to_weights(step.graph, scales)
             total, since = total + scales, since + scales
@@ -360,16 +362,16 @@ def rescale_exactly(session: Session, graph: ScaleGraph, solution: rescale.Solut
                 for name in session.working.outputs}
     solution = solution._replace(log_scales=alpha * solution.log_scales)
     rescale.apply_to_weights(graph, solution.log_scales)
-    save_weights(session.working.net, session.working.definition, output)
+    session.save(output)
     definition = type(session.definition)()
     definition.CopyFrom(session.definition)
     changes = rescale.apply_to_definition(definition, graph, solution)
     rescaled = session.build(definition, session.feed is not None)
     rescaled.net.copy_from(output)
     rescaled.replay(held)
-    difference = rescale.worst_difference(
-        expected, {name: rescaled.blob(name).data for name in expected})
-    after = change_rates.measure(ScaleGraph(rescaled), session.rng)
+    difference = float(np.max(session.crew.gather(rescale.worst_difference(
+        expected, {name: rescaled.blob(name).data for name in expected}))))
+    after = change_rates.measure(ScaleGraph(rescaled), session.rng, crew=session.crew)
     return Calibration(so_far.before, after, so_far.log_scales + solution.log_scales,
                        so_far.since + solution.log_scales, definition if changes else None,
                        changes, difference)
@@ -385,7 +387,11 @@ def work(arguments: argparse.Namespace, paths: Sequence[str], output: str) -> Re
     Runs in a child process: Caffe may abort.  Raises ValueError for whatever a user can cause.
     """
     guarded.keep_freed_memory()
-    session = Session(arguments, paths)
+    return in_crew(work_together, arguments, paths, output)
+
+
+def work_together(session: Session, arguments: argparse.Namespace, output: str) -> Result:
+    """`work`, by every process of a crew."""
     working = session.working
     if not working.affine:
         raise ValueError("%s: no layer has weights to initialise" % arguments.prototxt)
@@ -394,15 +400,15 @@ def work(arguments: argparse.Namespace, paths: Sequence[str], output: str) -> Re
         left = load_weights(working.net, arguments.load)
         fresh = fresh if arguments.zero else set(left)
     notes = [note for layer in working.layers for note in _filler_notes(layer, fresh)]
-    plan = Plan(fresh, arguments.type, arguments.within, arguments.bias, session.batches)
-    store = BlobStore(arguments.mem_limit * 1e6)
+    plan = Plan(fresh, arguments.type, arguments.within, arguments.bias)
+    store = BlobStore(arguments.mem_limit * 1e6 / session.crew.size)
     stops = sum(caffe_net.stops(layer, STOPS) for layer in working.layers)
     with session.bar("within layers", stops) as bar:
-        records, session.energy = initialise(working, plan, store, session.put, session.rng,
-                                             bar.update)
-    if store.spooled_bytes:
+        records = initialise(session, plan, store, bar.update)
+    spooled = sum(session.crew.gather(store.spooled_bytes))
+    if spooled:
         notes.append("%.0f MB of blobs went through a temporary file (--mem-limit %g)"
-                     % (store.spooled_bytes / 1e6, arguments.mem_limit))
+                     % (spooled / 1e6, arguments.mem_limit))
     session.lap("within layers")
     loaded = any(record.weights == "loaded" for record in records)
     found = between_layers(session, arguments, loaded, output)
@@ -535,6 +541,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--iterations", type=count, default=10, help="between-layer steps at most (default: 10)")
     add("--mem-limit", type=count, default=3000, metavar="MB", help="memory for blobs of all "
         "images; what exceeds it goes to a temporary file (default: 3000)")
+    add("--processes", type=count, metavar="N", help="processes at most that share the work "
+        "on a CPU (default: one a processor, up to 4); results differ by rounding only")
     add("--seed", type=natural, default=0, help="seed of all random numbers (default: 0)")
     argument_types.add_device(parser)
     add("-q", "--quiet", action="store_true", help="only warnings, errors and no table")

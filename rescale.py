@@ -17,6 +17,7 @@ import scipy.optimize
 
 from caffe_net import WorkingNet, address, affine_view, one_blas_thread
 from change_rates import ChangeRates, spread
+from crew import ALONE, Crew
 from scales import Form, ScaleGraph, plus
 
 # Layers' rates within this factor need no auxiliary Power layer.
@@ -75,19 +76,20 @@ def _solved(problem: "_Problem", may_divide: Set[str]) -> Solution:
 
 
 class ResponseGain:
-    """How the LRN layers of a net damp blobs that get scales, from what the net's blobs hold.
+    """How the LRN layers of a net damp blobs that get scales, from what a crew's nets hold.
 
     An LRN layer divides by (k + alpha m)^beta, m the mean of x^2 over its neighbouring channels,
     so blobs times s come out times s ((k + alpha m) / (k + alpha s^2 m))^beta.
     """
 
-    def __init__(self, working: WorkingNet) -> None:
+    def __init__(self, working: WorkingNet, crew: Crew = ALONE) -> None:
         self._bottoms: Dict[str, str] = {}
         self._gains: Dict[str, Callable[[float], float]] = {}
         for layer in working.layers:
             if layer.type == "LRN":
                 blob = working.blob(layer.bottoms[0]).data
-                energy = np.square(blob).mean(axis=1, dtype=np.float64)
+                energy = np.concatenate(crew.gather(
+                    np.square(blob).mean(axis=1, dtype=np.float64)))
                 self._bottoms[layer.name] = layer.bottoms[0]
                 self._gains[layer.name] = _log_gain(layer.parameters.lrn_param, energy)
 
@@ -122,14 +124,14 @@ class Step(NamedTuple):
     at_response: float
 
 
-def solve_from_scratch(working: WorkingNet, rates: ChangeRates) -> Step:
+def solve_from_scratch(working: WorkingNet, rates: ChangeRates, crew: Crew = ALONE) -> Step:
     """Return the log scales that make the rates most equal in a net whose definition stays.
 
     LRN layers have a degree that depends on the scales: it is found in turns with these.  Of
     several outputs all but the last, which is the main one, may get a scale of their own, as near
     to 1 as it can be.
     """
-    gain = ResponseGain(working)
+    gain = ResponseGain(working, crew)
     degrees = gain.degrees()
     graph = from_scratch(working, degrees)
     log_scales = solve(graph, rates, set()).log_scales

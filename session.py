@@ -1,4 +1,4 @@
-"""A net at work: which images it sees, what is measured on which of them, and how long it takes.
+"""A net at work: who works on which images, what is measured on them, and how long it takes.
 
 `magic_init.py` opens one session a run; the paper's two steps (sections 3.1 and 3.2) share it.
 
@@ -8,20 +8,27 @@
 writes the seconds of its phases.
 """
 import argparse
+import functools
+import logging
 import sys
 import threading
 import time
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
 
 import caffe_net
 import change_rates
+import crew
 import definitions
-from caffe_net import BlobStore, WorkingNet
+from caffe_net import BlobStore, Statistics, Stop, WorkingNet
 from change_rates import ChangeRates
+from crew import Crew
 from scales import ScaleGraph
+from trained_weights import save_weights
+
+log = logging.getLogger("magic_init")
 
 # Layers that the walk stops at: those with weights, and BatchNorm for its statistics.
 STOPS = tuple(sorted(caffe_net.AFFINE)) + ("BatchNorm",)
@@ -32,31 +39,33 @@ class Session:
 
     Batches 0 to `batches` - 1 of images are for statistics; change rates are measured on those in
     `measured`, at first the second half, from which no weights are made; batch `check` is held
-    back from these to check a rescaled net on.
+    back from these to check a rescaled net on.  Every process of a crew has a session of its own,
+    with its part of each batch; all draw the same random numbers.
     """
 
-    def __init__(self, arguments: argparse.Namespace, paths: Sequence[str]) -> None:
+    def __init__(self, together: Crew, definition: Any, arguments: argparse.Namespace,
+                 paths: Sequence[str]) -> None:
+        self.crew = together
         self.rng = np.random.default_rng(arguments.seed)
         self.seconds: Dict[str, float] = {}
         self.energy: Dict[str, np.ndarray] = {}
         self.seen: Dict[str, Tuple[float, float]] = {}
         self._clock = time.perf_counter()
-        self._quiet = arguments.quiet or not sys.stderr.isatty()
+        self._quiet = arguments.quiet or not sys.stderr.isatty() or not together.first
         caffe_net.use_device(arguments.device)
         definitions.import_caffe().set_random_seed(arguments.seed)
-        self.definition = definitions.read_definition(arguments.prototxt)
-        self.size, self.batches = arguments.batch_size, arguments.batches
-        if paths:
-            self.size, self.batches = batches_of(len(paths), self.size, self.batches)
+        self.definition = definition
+        self.size, self.batches = batches_of(len(paths), arguments.batch_size, arguments.batches)
         self.working = self.build(self.definition, bool(paths))
         self.feed: Optional[caffe_net.ImageFeed] = None
         self.check = self.batches - 1
         self.measured = list(range(self.batches - max(1, self.batches // 2), self.batches))
         if self.working.image is not None:
-            chosen = self.rng.permutation(len(paths))[:(self.batches + 1) * self.size]
-            self.feed = caffe_net.ImageFeed([paths[number] for number in chosen],
-                                            self.working.image.shape, arguments.mean,
-                                            arguments.scale)
+            whole = min(len(paths) // self.size, self.batches + 1) * self.size
+            chosen = self.rng.permutation(len(paths))[:whole].reshape(-1, self.size)
+            self.feed = caffe_net.ImageFeed(
+                [paths[number] for number in chosen[:, together.own(self.size)].ravel()],
+                self.working.image.shape, arguments.mean, arguments.scale)
             self.check = self.feed.batches - 1
         else:
             self.size = len(self.working.blob(self.working.outputs[0]).data)
@@ -64,7 +73,7 @@ class Session:
 
     def build(self, definition: Any, with_images: bool) -> WorkingNet:
         working, image = definitions.working_definition(
-            definition, self.size if with_images else None)
+            definition, self.size // self.crew.size if with_images else None)
         definitions.spare_weight_gradients(working, change_rates.per_image)
         return WorkingNet(working, image)
 
@@ -79,10 +88,22 @@ class Session:
             self.put(batch)
         self.working.forward()
 
+    def joined(self, stop: Stop) -> Tuple[Statistics, np.ndarray]:
+        """Return a stop's statistics and energy over the images of the whole crew."""
+        found = self.crew.gather((stop.statistics, stop.energy))
+        return (functools.reduce(Statistics.joined, [statistics for statistics, _ in found]),
+                np.sum([energy for _, energy in found], axis=0))
+
+    def save(self, path: str) -> None:
+        """Write the net's weights, which all of the crew hold, once; return when they are there."""
+        if self.crew.first:
+            save_weights(self.working.net, self.working.definition, path)
+        self.crew.share(None)
+
     def _outputs(self, batch: int) -> Dict[str, Tuple[float, float]]:
         """Run the net on a batch; return mean and variance of its layers' outputs."""
         walk = caffe_net.walk(self.working, BlobStore(np.inf), 1, STOPS, lambda _: self.put(batch))
-        return {stop.layer.name: stop.statistics.overall() for stop in walk if stop.statistics}
+        return {stop.layer.name: self.joined(stop)[0].overall() for stop in walk if stop.statistics}
 
     def measure(self, graph: ScaleGraph, turn: int,
                 known: Optional[ChangeRates] = None) -> ChangeRates:
@@ -96,7 +117,7 @@ class Session:
             self.seen = self._outputs(batch)
         elif turn >= 0:
             self.forward(batch)
-        rates = change_rates.measure(graph, self.rng, known)
+        rates = change_rates.measure(graph, self.rng, known, self.crew)
         if self.feed is None and turn >= 0:
             return rates  # images that the walk has not seen
         energies = [self.energy[scaled.layer.name] for scaled in graph.owners()]
@@ -118,8 +139,39 @@ class Session:
 def batches_of(images: int, batch_size: int, batches: int) -> Tuple[int, int]:
     """Return size and number of batches that use as many images as were asked for and are there.
 
+    Without images, where a net feeds itself, they stay what they are.
+
     >>> batches_of(20, 16, 10)
     (10, 2)
     """
+    if not images:
+        return batch_size, batches
     count = min(batches, -(-images // batch_size))
     return min(batch_size, images // count), count
+
+
+def in_crew(function: Callable[..., Any], arguments: argparse.Namespace, paths: Sequence[str],
+            output: str) -> Any:
+    """Return function(session, arguments, output), run by as many processes as can share the work.
+
+    One, where Caffe computes on a GPU, reads its own data, or has layers in which images meet.
+    """
+    size, available = 1, crew.threads()
+    if paths and arguments.device is None and sys.platform.startswith("linux"):
+        batch_size, _ = batches_of(len(paths), arguments.batch_size, arguments.batches)
+        size = crew.processes(batch_size, arguments.processes)
+    if size > 1:
+        crew.limit_threads(max(1, available // size))  # before Caffe is loaded
+    definition = definitions.read_definition(arguments.prototxt)
+    mixing = definitions.mixing_layer(
+        definitions.working_definition(definition, 1)[0]) if size > 1 else None
+    if mixing is not None:
+        log.info("one process: images of a batch may meet in layer %s", mixing)
+        size = 1
+        crew.limit_threads(available)
+    return crew.together(size, _in_session, function, definition, arguments, paths, output)
+
+
+def _in_session(together: Crew, function: Callable[..., Any], definition: Any,
+                arguments: argparse.Namespace, paths: Sequence[str], output: str) -> Any:
+    return function(Session(together, definition, arguments, paths), arguments, output)

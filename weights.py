@@ -12,6 +12,8 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 
+from crew import ALONE, Crew
+
 # Random numbers are drawn in parts of this size, so that threads share the work and the result
 # does not depend on how many there are.
 PART = 1 << 21
@@ -62,12 +64,14 @@ def gaussian(shape: Sequence[int], rng: np.random.Generator, std: float = 1.0,
 def sample_patches(blob: np.ndarray, count: int, rng: np.random.Generator,
                    kernel: Tuple[int, int], stride: Tuple[int, int] = (1, 1),
                    pad: Tuple[int, int] = (0, 0),
-                   dilation: Tuple[int, int] = (1, 1)) -> np.ndarray:
+                   dilation: Tuple[int, int] = (1, 1), *, crew: Crew = ALONE) -> np.ndarray:
     """Return `count` patches (count, channels, kernel height, kernel width) of a blob.
 
     They are what a convolution with this geometry (height, width) multiplies its weights with at
     random positions of random images of `blob` (n, channels, height, width), zeros outside
-    included.  Raises ValueError where the kernel does not fit into the padded blob.
+    included.  The blobs of a crew hold parts of a batch: of the patches of all its images, in
+    their order, each process returns those in its part.
+    Raises ValueError where the kernel does not fit into the padded blob.
     """
     images, depth, height, width = blob.shape
     reach = [dilation[axis] * (kernel[axis] - 1) + 1 for axis in (0, 1)]
@@ -76,11 +80,13 @@ def sample_patches(blob: np.ndarray, count: int, rng: np.random.Generator,
     if min(places) < 1:
         raise ValueError("a kernel of %s does not fit into %d x %d with pad %s"
                          % (kernel, height, width, pad))
-    patches = np.zeros((count, depth) + tuple(kernel), np.float32)
-    chosen = np.sort(rng.integers(0, images, count))
+    own = crew.own(images * crew.size)
+    chosen = np.sort(rng.integers(0, images * crew.size, count))
     tops = rng.integers(0, places[0], count) * stride[0] - pad[0]
     lefts = rng.integers(0, places[1], count) * stride[1] - pad[1]
-    for patch, image, top, left in zip(patches, chosen, tops, lefts):
+    here = (own.start <= chosen) & (chosen < own.stop)
+    patches = np.zeros((int(here.sum()), depth) + tuple(kernel), np.float32)
+    for patch, image, top, left in zip(patches, chosen[here] - own.start, tops[here], lefts[here]):
         taps, rows = _inside(top, kernel[0], dilation[0], height)
         columns_taps, columns = _inside(left, kernel[1], dilation[1], width)
         patch[:, taps, columns_taps] = blob[image, :, rows, columns]

@@ -1,0 +1,147 @@
+"""A crew: processes that work on one net together, each on its part of every batch's images.
+
+Caffe's pooling, LRN and unrolling for convolutions use one thread, and pycaffe holds Python's lock:
+two processes with one BLAS thread each forward a batch of CaffeNet in three quarters of the time
+that one process with two takes, one of GoogLeNet in two thirds.  All of them run the same program
+on the same random numbers and tell each other what they measure (section 3's statistics are means
+over images), so that their weights stay equal.
+
+    python magic_init.py models/caffenet_tiny/deploy.prototxt out.caffemodel -d 'photos/*' \\
+        --processes 2
+"""
+import logging
+import multiprocessing
+import os
+import signal
+import traceback
+from typing import Any, Callable, List, Optional, Sequence
+
+from threadpoolctl import threadpool_limits
+
+from guarded import InChild, die_with_parent
+
+# Variables that tell BLAS libraries how many threads to use, read when they are loaded.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+# More processes than this gain little and hold a copy of all weights each.
+MOST = 4
+# Images of a batch that a process has at least: the variation within layers comes from their pairs.
+LEAST = 4
+
+
+class Crew:
+    """One of the processes of a crew: number `rank` of `size`; the first, 0, hears all others."""
+
+    def __init__(self, rank: int = 0, pipes: Sequence[Any] = (), members: Sequence[Any] = (),
+                 size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+        self._pipes = pipes
+        self._members = members
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def collect(self, value: Any) -> List[Any]:
+        """Return all processes' values in order of rank; an empty list but in the first.
+
+        Raises what another process raised.  Where one was killed, or aborted by Caffe, this one
+        ends as it did: `guarded.in_child` tells the user why.
+        """
+        if not self.first:
+            self._pipes[0].send((value, None, ""))
+            return []
+        return [value] + [self._receive(number) for number in range(len(self._pipes))]
+
+    def share(self, value: Any) -> Any:
+        """Return the first process's value, in all."""
+        if not self.first:
+            return self._pipes[0].recv()
+        for pipe in self._pipes:
+            pipe.send(value)
+        return value
+
+    def gather(self, value: Any) -> List[Any]:
+        """Return all processes' values in order of rank, in all."""
+        return self.share(self.collect(value))
+
+    def own(self, count: int) -> slice:
+        """The part of `count` things, a multiple of the crew's size, that is this process's."""
+        part = count // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def _receive(self, number: int) -> Any:
+        try:
+            value, error, where = self._pipes[number].recv()
+        except EOFError:
+            self._members[number].join()
+            code = self._members[number].exitcode
+            if code < 0:
+                signal.signal(-code, signal.SIG_DFL)
+                os.kill(os.getpid(), -code)
+            raise RuntimeError("a process of the crew ended with status %d" % code) from None
+        if error is not None:
+            raise error from InChild(where)
+        return value
+
+
+ALONE = Crew()
+
+
+def together(size: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return function(crew, *arguments) of the first of `size` processes that all run it.
+
+    The others are forks of this one, which must not have threads, and end with it.
+    """
+    context: Any = multiprocessing.get_context("fork") if size > 1 else None
+    pipes: List[Any] = []
+    members: List[Any] = []
+    for rank in range(1, size):
+        ours, theirs = context.Pipe()
+        member = context.Process(target=_follow, daemon=True, args=(
+            rank, size, theirs, os.getpid(), function, arguments))
+        member.start()
+        theirs.close()
+        pipes.append(ours)
+        members.append(member)
+    return function(Crew(0, pipes, members, size), *arguments)
+
+
+def _follow(rank: int, size: int, pipe: Any, first: int, function: Callable[..., Any],
+            arguments: Sequence[Any]) -> None:
+    """Run a member of the crew other than the first, which alone speaks to the user."""
+    die_with_parent()
+    if os.getppid() != first:
+        os._exit(1)  # it ended before the kernel was asked
+    logging.disable(logging.CRITICAL)
+    try:
+        function(Crew(rank, [pipe], (), size), *arguments)
+    except BaseException as error:
+        pipe.send((None, error, "\n" + traceback.format_exc()))
+    os._exit(0)  # Caffe's destructors may crash after the work is done
+
+
+def processes(batch_size: int, wanted: Optional[int] = None) -> int:
+    """Return how many processes to use for batches of so many images.
+
+    `wanted` at most, or else one per thread that this process may use, up to MOST.  All get
+    equally many images, LEAST or more.
+    """
+    limit = wanted or min(threads(), MOST)
+    sizes = [size for size in range(1, limit + 1)
+             if batch_size % size == 0 and batch_size // size >= LEAST]
+    return max(sizes, default=1)
+
+
+def threads() -> int:
+    """Return how many threads this process may use: its processors, or what the user allows."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") \
+        else os.cpu_count() or 1
+    asked = [os.environ.get(name, "") for name in THREAD_VARIABLES]
+    return min([processors] + [int(one) for one in asked if one.isdigit() and int(one)])
+
+
+def limit_threads(count: int) -> None:
+    """Let BLAS libraries use so many threads, those that are loaded and those that will be."""
+    os.environ.update({name: str(count) for name in THREAD_VARIABLES})
+    threadpool_limits(limits=count, user_api="blas")
