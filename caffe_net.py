@@ -507,7 +507,7 @@ def walk(working: WorkingNet, store: BlobStore, batches: int, stop_types: Sequen
                 energy[batch] = sum_of_squares(net.blobs[segment.stop.bottoms[0]].data)
             for blob in segment.forgets:
                 store.drop(blob, batch)
-            if batch < len(products):
+            if segment.stop is not None and batch < len(products):
                 net.blobs[segment.stop.tops[0]].data[...] = products[batch]
             else:
                 net._forward(segment.first, segment.last)

@@ -10,12 +10,14 @@ over images), so that their weights stay equal.
         --processes 2
 """
 import logging
+import mmap
 import multiprocessing
 import os
 import signal
 import traceback
 from typing import Any, Callable, List, Optional, Sequence
 
+import numpy as np
 from threadpoolctl import threadpool_limits
 
 from guarded import InChild, die_with_parent
@@ -31,10 +33,11 @@ LEAST = 4
 class Crew:
     """One of the processes of a crew: number `rank` of `size`; the first, 0, hears all others."""
 
-    def __init__(self, rank: int = 0, pipes: Sequence[Any] = (), members: Sequence[Any] = (),
-                 size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, memory: int = -1, pipes: Sequence[Any] = (),
+                 members: Sequence[Any] = ()) -> None:
         self.rank = rank
         self.size = size
+        self._memory = memory
         self._pipes = pipes
         self._members = members
 
@@ -65,6 +68,18 @@ class Crew:
         """Return all processes' values in order of rank, in all."""
         return self.share(self.collect(value))
 
+    def array(self, *shape: int) -> np.ndarray:
+        """Return a float32 array that all processes see and may write to, until the next call.
+
+        What others wrote is there after the next `gather`.
+        """
+        if self.size == 1:
+            return np.empty(shape, np.float32)
+        count = int(np.prod(shape))
+        if os.fstat(self._memory).st_size < 4 * count:
+            os.ftruncate(self._memory, 4 * count)
+        return np.frombuffer(mmap.mmap(self._memory, 4 * count), np.float32).reshape(shape)
+
     def own(self, count: int) -> slice:
         """The part of `count` things, a multiple of the crew's size, that is this process's."""
         part = count // self.size
@@ -77,7 +92,8 @@ class Crew:
             self._members[number].join()
             code = self._members[number].exitcode
             if code < 0:
-                signal.signal(-code, signal.SIG_DFL)
+                if -code != signal.SIGKILL:
+                    signal.signal(-code, signal.SIG_DFL)
                 os.kill(os.getpid(), -code)
             raise RuntimeError("a process of the crew ended with status %d" % code) from None
         if error is not None:
@@ -93,21 +109,24 @@ def together(size: int, function: Callable[..., Any], *arguments: Any) -> Any:
 
     The others are forks of this one, which must not have threads, and end with it.
     """
-    context: Any = multiprocessing.get_context("fork") if size > 1 else None
+    if size == 1:
+        return function(ALONE, *arguments)
+    context: Any = multiprocessing.get_context("fork")
+    memory = os.memfd_create("crew")
     pipes: List[Any] = []
     members: List[Any] = []
     for rank in range(1, size):
         ours, theirs = context.Pipe()
         member = context.Process(target=_follow, daemon=True, args=(
-            rank, size, theirs, os.getpid(), function, arguments))
+            Crew(rank, size, memory, [theirs]), os.getpid(), theirs, function, arguments))
         member.start()
         theirs.close()
         pipes.append(ours)
         members.append(member)
-    return function(Crew(0, pipes, members, size), *arguments)
+    return function(Crew(0, size, memory, pipes, members), *arguments)
 
 
-def _follow(rank: int, size: int, pipe: Any, first: int, function: Callable[..., Any],
+def _follow(crew: Crew, first: int, pipe: Any, function: Callable[..., Any],
             arguments: Sequence[Any]) -> None:
     """Run a member of the crew other than the first, which alone speaks to the user."""
     die_with_parent()
@@ -115,7 +134,7 @@ def _follow(rank: int, size: int, pipe: Any, first: int, function: Callable[...,
         os._exit(1)  # it ended before the kernel was asked
     logging.disable(logging.CRITICAL)
     try:
-        function(Crew(rank, [pipe], (), size), *arguments)
+        function(crew, *arguments)
     except BaseException as error:
         pipe.send((None, error, "\n" + traceback.format_exc()))
     os._exit(0)  # Caffe's destructors may crash after the work is done

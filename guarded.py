@@ -155,10 +155,15 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def may_fork() -> bool:
+    """Whether nothing of ours (threads, or Caffe, which may have some) can deadlock a fork."""
+    return ("caffe" not in sys.modules and threading.active_count() == 1
+            and sys.platform.startswith("linux"))
+
+
 def _start_method() -> str:
-    """How to start a child: forking spares its imports, where nothing of ours can deadlock it."""
-    alone = "caffe" not in sys.modules and threading.active_count() == 1
-    return "fork" if alone and sys.platform.startswith("linux") else "spawn"
+    """How to start a child: forking spares its imports."""
+    return "fork" if may_fork() else "spawn"
 
 
 def _child_main(sender: Any, parent: int, log: str, function: Callable[..., Any],

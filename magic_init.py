@@ -87,21 +87,20 @@ def set_weights(stop: Stop, session: Session, kind: str, within: bool) -> str:
     patches = _patches(stop, session, geometry, groups)
     seeds = rng.integers(0, 2 ** 63, size=groups)
 
-    def make(group: int) -> None:
-        found = weights.SCHEMES[kind](patches[group], filters.shape[1],
-                                      np.random.default_rng(seeds[group]))
-        filters[group] = found.reshape(filters[group].shape)
-    if session.crew.first:
-        with caffe_net.one_blas_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(make, range(groups)))
-    layer.weights[...] = session.crew.share(layer.weights)
+    def make(group: int) -> np.ndarray:
+        return weights.SCHEMES[kind](patches[group], filters.shape[1],
+                                     np.random.default_rng(seeds[group]))
+    rank, size = session.crew.rank, session.crew.size
+    with caffe_net.one_blas_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = session.crew.gather(list(pool.map(make, range(rank, groups, size))))
+    for group, one in enumerate(filters):
+        one[...] = made[group % size][group // size].reshape(one.shape)
     return kind
 
 
 def _patches(stop: Stop, session: Session, geometry: caffe_net.Geometry,
-             groups: int) -> List[np.ndarray]:
-    """Return the patches (n, d) that each group of a convolution's filters sees, to the first of
-    a crew; the others get none.
+             groups: int) -> np.ndarray:
+    """Return the patches (groups, n, d) that the filters of a convolution's groups see.
 
     They come from the first half of the batches: filters respond more to what they were made from
     than to other images, and change rates are to be measured on others.
@@ -113,19 +112,15 @@ def _patches(stop: Stop, session: Session, geometry: caffe_net.Geometry,
     count = min(weights.PATCHES_PER_DIMENSION * dimension, PATCH_BYTES // (4 * dimension * groups))
     count = max(count, 2 * stop.layer.weights.shape[0] // groups, 1000)
     pairs = [(one, two) for one, two in geometry]
-    parts: List[List[np.ndarray]] = [[] for _ in range(groups)]
+    patches = session.crew.array(groups, count, depth, *geometry.kernel)
     for batch in range(batches):
         stop.load(batch)
-        share = count * (batch + 1) // batches - count * batch // batches
-        for group, part in enumerate(parts):
-            part.append(weights.sample_patches(bottom[:, group * depth:(group + 1) * depth], share,
-                                               rng, *pairs, crew=session.crew))
-    # k-means goes through the patches in parts: each is to see all images
-    orders = [rng.permutation(count) for _ in range(groups)]
-    crews = session.crew.collect(parts)
-    return [np.concatenate([one for batch in zip(*(found[group] for found in crews))
-                            for one in batch]).reshape(count, dimension)[order]
-            for group, order in enumerate(orders) if crews]
+        rows = slice(count * batch // batches, count * (batch + 1) // batches)
+        for group, found in enumerate(patches[:, rows]):
+            weights.sample_patches(bottom[:, group * depth:(group + 1) * depth], len(found), rng,
+                                   *pairs, crew=session.crew, out=found)
+    session.crew.gather(None)
+    return patches.reshape(groups, count, dimension)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -399,7 +394,8 @@ def work_together(session: Session, arguments: argparse.Namespace, output: str) 
     if arguments.load:
         left = load_weights(working.net, arguments.load)
         fresh = fresh if arguments.zero else set(left)
-    notes = [note for layer in working.layers for note in _filler_notes(layer, fresh)]
+    notes = session.notes
+    notes += [note for layer in working.layers for note in _filler_notes(layer, fresh)]
     plan = Plan(fresh, arguments.type, arguments.within, arguments.bias)
     store = BlobStore(arguments.mem_limit * 1e6 / session.crew.size)
     stops = sum(caffe_net.stops(layer, STOPS) for layer in working.layers)
@@ -420,7 +416,7 @@ def work_together(session: Session, arguments: argparse.Namespace, output: str) 
     return Result(_written(records, session.seen, graph, found),
                   _pairs(names, found.before.by_layer(), found.after.by_layer()),
                   _pairs(names, found.before.variation(), found.after.variation()),
-                  session.batches * session.size, notes, list(found.changes),
+                  session.batches * session.size, session.crew.size, notes, list(found.changes),
                   None if found.definition is None else text_format.MessageToString(
                       found.definition),
                   found.difference, session.seconds,

@@ -38,6 +38,7 @@ class Result(NamedTuple):
     rates: Dict[str, Tuple[float, float]]
     variations: Dict[str, Tuple[float, float]]
     images: int
+    processes: int
     notes: List[str]
     changes: List[str]
     definition: Any
@@ -80,7 +81,7 @@ def as_json(found: Result, arguments: argparse.Namespace) -> Dict[str, Any]:
     spread_before, spread_after = spreads(found)
     return {**found.provenance, "definition": arguments.prototxt, "output": arguments.output,
             "type": arguments.type, "bias": arguments.bias, "calibrated": arguments.calibrate,
-            "images": found.images,
+            "images": found.images, "processes": found.processes,
             "layers": layers, "spread_before": spread_before, "spread_after": spread_after,
             "changes": found.changes, "notes": found.notes, "output_difference": found.difference,
             "seconds": found.seconds}

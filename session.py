@@ -9,7 +9,6 @@ writes the seconds of its phases.
 """
 import argparse
 import functools
-import logging
 import sys
 import threading
 import time
@@ -22,13 +21,12 @@ import caffe_net
 import change_rates
 import crew
 import definitions
+import guarded
 from caffe_net import BlobStore, Statistics, Stop, WorkingNet
 from change_rates import ChangeRates
 from crew import Crew
 from scales import ScaleGraph
 from trained_weights import save_weights
-
-log = logging.getLogger("magic_init")
 
 # Layers that the walk stops at: those with weights, and BatchNorm for its statistics.
 STOPS = tuple(sorted(caffe_net.AFFINE)) + ("BatchNorm",)
@@ -44,8 +42,9 @@ class Session:
     """
 
     def __init__(self, together: Crew, definition: Any, arguments: argparse.Namespace,
-                 paths: Sequence[str]) -> None:
+                 paths: Sequence[str], notes: Sequence[str] = ()) -> None:
         self.crew = together
+        self.notes = list(notes)
         self.rng = np.random.default_rng(arguments.seed)
         self.seconds: Dict[str, float] = {}
         self.energy: Dict[str, np.ndarray] = {}
@@ -157,7 +156,7 @@ def in_crew(function: Callable[..., Any], arguments: argparse.Namespace, paths: 
     One, where Caffe computes on a GPU, reads its own data, or has layers in which images meet.
     """
     size, available = 1, crew.threads()
-    if paths and arguments.device is None and sys.platform.startswith("linux"):
+    if paths and arguments.device is None and guarded.may_fork():
         batch_size, _ = batches_of(len(paths), arguments.batch_size, arguments.batches)
         size = crew.processes(batch_size, arguments.processes)
     if size > 1:
@@ -165,13 +164,15 @@ def in_crew(function: Callable[..., Any], arguments: argparse.Namespace, paths: 
     definition = definitions.read_definition(arguments.prototxt)
     mixing = definitions.mixing_layer(
         definitions.working_definition(definition, 1)[0]) if size > 1 else None
+    notes = []
     if mixing is not None:
-        log.info("one process: images of a batch may meet in layer %s", mixing)
+        notes.append("one process does all: images of a batch may meet in layer %s" % mixing)
         size = 1
         crew.limit_threads(available)
-    return crew.together(size, _in_session, function, definition, arguments, paths, output)
+    return crew.together(size, _in_session, function, definition, arguments, paths, notes, output)
 
 
 def _in_session(together: Crew, function: Callable[..., Any], definition: Any,
-                arguments: argparse.Namespace, paths: Sequence[str], output: str) -> Any:
-    return function(Session(together, definition, arguments, paths), arguments, output)
+                arguments: argparse.Namespace, paths: Sequence[str], notes: Sequence[str],
+                output: str) -> Any:
+    return function(Session(together, definition, arguments, paths, notes), arguments, output)

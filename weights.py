@@ -64,13 +64,14 @@ def gaussian(shape: Sequence[int], rng: np.random.Generator, std: float = 1.0,
 def sample_patches(blob: np.ndarray, count: int, rng: np.random.Generator,
                    kernel: Tuple[int, int], stride: Tuple[int, int] = (1, 1),
                    pad: Tuple[int, int] = (0, 0),
-                   dilation: Tuple[int, int] = (1, 1), *, crew: Crew = ALONE) -> np.ndarray:
+                   dilation: Tuple[int, int] = (1, 1), *, crew: Crew = ALONE,
+                   out: Optional[np.ndarray] = None) -> np.ndarray:
     """Return `count` patches (count, channels, kernel height, kernel width) of a blob.
 
     They are what a convolution with this geometry (height, width) multiplies its weights with at
     random positions of random images of `blob` (n, channels, height, width), zeros outside
-    included.  The blobs of a crew hold parts of a batch: of the patches of all its images, in
-    their order, each process returns those in its part.
+    included; they come in the order of images.  The blobs of a crew hold parts of a batch: each
+    process writes the patches of its images to `out`, an array of the crew.
     Raises ValueError where the kernel does not fit into the padded blob.
     """
     images, depth, height, width = blob.shape
@@ -84,9 +85,12 @@ def sample_patches(blob: np.ndarray, count: int, rng: np.random.Generator,
     chosen = np.sort(rng.integers(0, images * crew.size, count))
     tops = rng.integers(0, places[0], count) * stride[0] - pad[0]
     lefts = rng.integers(0, places[1], count) * stride[1] - pad[1]
-    here = (own.start <= chosen) & (chosen < own.stop)
-    patches = np.zeros((int(here.sum()), depth) + tuple(kernel), np.float32)
-    for patch, image, top, left in zip(patches, chosen[here] - own.start, tops[here], lefts[here]):
+    here = slice(*np.searchsorted(chosen, (own.start, own.stop)))
+    patches = np.empty((count, depth) + tuple(kernel), np.float32) if out is None else out
+    if any(pad):
+        patches[here] = 0
+    for patch, image, top, left in zip(patches[here], chosen[here] - own.start, tops[here],
+                                       lefts[here]):
         taps, rows = _inside(top, kernel[0], dilation[0], height)
         columns_taps, columns = _inside(left, kernel[1], dilation[1], width)
         patch[:, taps, columns_taps] = blob[image, :, rows, columns]
@@ -174,10 +178,11 @@ def spherical_kmeans(white: np.ndarray, count: int, rng: np.random.Generator,
     """Return (count, d) unit centroids of white data (n, d) (Coates & Ng 2012, section 2).
 
     The sum X S^T is kept as that of `parts` of the patches, which are renewed in turn: centroids
-    move that many times an iteration (as in Neal & Hinton's incremental EM).
+    move that many times an iteration (as in Neal & Hinton's incremental EM).  Patches that follow
+    each other, which may be of one image, go to different parts.
     """
     centroids = _chosen(white, count, rng)
-    pieces = [np.array_split(piece, THREADS) for piece in np.array_split(white, parts)]
+    pieces = [np.array_split(white[part::parts], THREADS) for part in range(parts)]
     sums = np.zeros((parts,) + centroids.shape, np.float32)
     total = np.zeros_like(centroids)
     with ThreadPoolExecutor(THREADS) as pool:
