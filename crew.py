@@ -45,28 +45,19 @@ class Crew:
     def first(self) -> bool:
         return self.rank == 0
 
-    def collect(self, value: Any) -> List[Any]:
-        """Return all processes' values in order of rank; an empty list but in the first.
+    def gather(self, value: Any) -> List[Any]:
+        """Return all processes' values in order of rank, in all; a barrier.
 
-        Raises what another process raised.  Where one was killed, or aborted by Caffe, this one
-        ends as it did: `guarded.in_child` tells the user why.
+        Raises in the first what another process raised.  Where one was killed, or aborted by
+        Caffe, the first ends as it did: `guarded.in_child` tells the user why.
         """
         if not self.first:
             self._pipes[0].send((value, None, ""))
-            return []
-        return [value] + [self._receive(number) for number in range(len(self._pipes))]
-
-    def share(self, value: Any) -> Any:
-        """Return the first process's value, in all."""
-        if not self.first:
             return self._pipes[0].recv()
+        values = [value] + [self._receive(number) for number in range(len(self._pipes))]
         for pipe in self._pipes:
-            pipe.send(value)
-        return value
-
-    def gather(self, value: Any) -> List[Any]:
-        """Return all processes' values in order of rank, in all."""
-        return self.share(self.collect(value))
+            pipe.send(values)
+        return values
 
     def array(self, *shape: int) -> np.ndarray:
         """Return a float32 array that all processes see and may write to, until the next call.
@@ -143,21 +134,26 @@ def _follow(crew: Crew, first: int, pipe: Any, function: Callable[..., Any],
 def processes(batch_size: int, wanted: Optional[int] = None) -> int:
     """Return how many processes to use for batches of so many images.
 
-    `wanted` at most, or else one per thread that this process may use, up to MOST.  All get
+    `wanted` at most, or else one per processor that this process may use, up to MOST.  All get
     equally many images, LEAST or more.
     """
-    limit = wanted or min(threads(), MOST)
+    limit = wanted or min(processors(), MOST)
     sizes = [size for size in range(1, limit + 1)
              if batch_size % size == 0 and batch_size // size >= LEAST]
     return max(sizes, default=1)
 
 
+def processors() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def threads() -> int:
-    """Return how many threads this process may use: its processors, or what the user allows."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") \
-        else os.cpu_count() or 1
+    """Return how many threads BLAS libraries may use: one a processor, or what the user says."""
     asked = [os.environ.get(name, "") for name in THREAD_VARIABLES]
-    return min([processors] + [int(one) for one in asked if one.isdigit() and int(one)])
+    return min([processors()] + [int(one) for one in asked if one.isdigit() and int(one)])
 
 
 def limit_threads(count: int) -> None:

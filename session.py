@@ -97,7 +97,7 @@ class Session:
         """Write the net's weights, which all of the crew hold, once; return when they are there."""
         if self.crew.first:
             save_weights(self.working.net, self.working.definition, path)
-        self.crew.share(None)
+        self.crew.gather(None)
 
     def _outputs(self, batch: int) -> Dict[str, Tuple[float, float]]:
         """Run the net on a batch; return mean and variance of its layers' outputs."""
@@ -160,7 +160,8 @@ def in_crew(function: Callable[..., Any], arguments: argparse.Namespace, paths: 
         batch_size, _ = batches_of(len(paths), arguments.batch_size, arguments.batches)
         size = crew.processes(batch_size, arguments.processes)
     if size > 1:
-        crew.limit_threads(max(1, available // size))  # before Caffe is loaded
+        # before Caffe is loaded
+        crew.limit_threads(max(1, min(available, crew.processors() // size)))
     definition = definitions.read_definition(arguments.prototxt)
     mixing = definitions.mixing_layer(
         definitions.working_definition(definition, 1)[0]) if size > 1 else None

@@ -6,6 +6,7 @@ F is the time of one Caffe forward of as many images as the command takes (160 i
 measured in the same run.  Change rates (paper, equation 2) are measured on other photographs.
 """
 import argparse
+import contextlib
 import functools
 import logging
 import os
@@ -15,6 +16,7 @@ import time
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
+import psutil
 
 import argument_types
 import caffe_net
@@ -103,17 +105,30 @@ def time_case(case: Case, arguments: argparse.Namespace, folder: str) -> Dict[st
                               arguments.measure)
     found = results.read_json(report)
     return {"case": case.name, "seed": arguments.seed, "forward_seconds": forward,
-            "seconds": seconds, "ratio": seconds / forward, "peak_mb": peak / 1e3,
+            "seconds": seconds, "ratio": seconds / forward, "peak_mb": peak / 1e6,
             "spread": found["spread_after"], "spread_unseen": unseen, "phases": found["seconds"]}
 
 
 def _run(command: Sequence[str]) -> int:
-    """Run a command and return the largest memory (kB) of any of its processes."""
-    process = os.spawnv(os.P_NOWAIT, command[0], list(command))
-    _, status, usage = os.wait4(process, 0)
-    if status:
-        raise ValueError("%s failed" % " ".join(command))
-    return usage.ru_maxrss
+    """Run a command and return the most memory (bytes) that all its processes held at a time.
+
+    Pages that processes share count in each: it is no less than what a machine must have.
+    """
+    peak = 0
+    with psutil.Popen(command) as process:
+        while process.poll() is None:
+            peak = max(peak, sum(_resident(one) for one in
+                                 [process] + process.children(recursive=True)))
+            time.sleep(0.05)
+        if process.returncode:
+            raise ValueError("%s failed" % " ".join(command))
+    return peak
+
+
+def _resident(process: Any) -> int:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return int(process.memory_info().rss)
+    return 0  # it has just ended
 
 
 def forward_seconds(net: str, data: str) -> float:

@@ -27,7 +27,7 @@ def run_together(size, function, *arguments):
 
 
 def talk(own):
-    return own.gather(own.rank * 10), own.collect("of %d" % own.rank), own.share(own.rank)
+    return own.gather(own.rank * 10), own.gather("of %d" % own.rank), own.first
 
 
 def write_parts(own):
@@ -71,11 +71,11 @@ def leave(own, path):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_values_go_to_all_or_to_the_first_in_order_of_rank(size):
-    gathered, collected, shared = run_together(size, talk)
-    assert gathered == [10 * rank for rank in range(size)]
-    assert collected == ["of %d" % rank for rank in range(size)]
-    assert shared == 0
+def test_values_are_gathered_in_order_of_rank_and_the_first_returns(size):
+    numbers, words, first = run_together(size, talk)
+    assert numbers == [10 * rank for rank in range(size)]
+    assert words == ["of %d" % rank for rank in range(size)]
+    assert first
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -121,13 +121,13 @@ def test_no_process_outlives_the_first(tmp_path):
 # Sharing out
 # ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("allowed, batch_size, wanted, size", [
+@pytest.mark.parametrize("processors, batch_size, wanted, size", [
     (2, 16, None, 2), (8, 16, None, 4), (3, 16, None, 2), (3, 15, None, 3), (2, 15, None, 1),
     (8, 9, None, 1), (8, 12, None, 3), (1, 16, None, 1), (8, 4, None, 1), (8, 1, None, 1),
     (1, 16, 2, 2), (8, 32, 8, 8), (8, 16, 1, 1), (2, 16, 3, 2)])
-def test_a_crew_has_equal_parts_of_four_images_or_more(monkeypatch, allowed, batch_size, wanted,
+def test_a_crew_has_equal_parts_of_four_images_or_more(monkeypatch, processors, batch_size, wanted,
                                                        size):
-    monkeypatch.setattr(crew, "threads", lambda: allowed)
+    monkeypatch.setattr(crew, "processors", lambda: processors)
     assert crew.processes(batch_size, wanted) == size
 
 

@@ -281,7 +281,7 @@ def test_the_report_says_what_was_measured_and_how_to_repeat_it(start):
     report = found.report
     assert set(report) == {
         "command", "seed", "versions", "definition", "output", "type", "bias", "calibrated",
-        "images", "layers", "spread_before", "spread_after", "changes", "notes",
+        "images", "processes", "layers", "spread_before", "spread_after", "changes", "notes",
         "output_difference", "seconds"}
     assert set(report["layers"][0]) == {
         "name", "type", "weights", "size", "mean", "std", "dead", "rate_before", "rate_after",
