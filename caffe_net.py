@@ -268,6 +268,28 @@ def geometry(layer: Layer) -> Optional[Geometry]:
     return Geometry(kernel, each_axis("stride", 1), each_axis("pad", 0), each_axis("dilation", 1))
 
 
+def windows(images: np.ndarray, shape: Geometry) -> np.ndarray:
+    """Return a view (n, channels, *kernel, *places) of what a convolution multiplies its weights
+    with, zeros outside included.
+
+    `images` are (n, channels, height, width) or have any other number of spatial axes.
+    Raises ValueError where the kernel does not fit into a padded image.
+    """
+    if any(shape.pad):
+        images = np.pad(images, [(0, 0), (0, 0)] + [(pad, pad) for pad in shape.pad])
+    places = tuple((size - dilation * (kernel - 1) - 1) // stride + 1
+                   for size, kernel, stride, dilation
+                   in zip(images.shape[2:], shape.kernel, shape.stride, shape.dilation))
+    if min(places) < 1:
+        raise ValueError("a kernel of %s with dilation %s does not fit into %s, padding included"
+                         % (shape.kernel, shape.dilation, images.shape[2:]))
+    steps = images.strides[2:]
+    return np.lib.stride_tricks.as_strided(
+        images, images.shape[:2] + shape.kernel + places,
+        images.strides[:2] + tuple(step * one for step, one in zip(steps, shape.dilation))
+        + tuple(step * one for step, one in zip(steps, shape.stride)), writeable=False)
+
+
 def channels(shape: Sequence[int]) -> int:
     """How many channels a blob of this shape has; a blob without a channel axis has one."""
     return shape[1] if len(shape) > 1 else 1

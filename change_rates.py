@@ -23,6 +23,7 @@ from caffe_net import (
     geometry,
     one_blas_thread,
     sum_of_squares,
+    windows,
 )
 from crew import ALONE, Crew
 from scales import AffineScales, ScaleGraph
@@ -368,16 +369,8 @@ def im2col(images: np.ndarray, shape: Geometry) -> np.ndarray:
 
     `images` are (n, channels, height, width) or have any other number of spatial axes.
     """
-    if any(shape.pad):
-        images = np.pad(images, [(0, 0), (0, 0)] + [(pad, pad) for pad in shape.pad])
-    places = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation
-              in zip(images.shape[2:], shape.kernel, shape.stride, shape.dilation)]
-    steps = images.strides[2:]
-    view = np.lib.stride_tricks.as_strided(
-        images, images.shape[:2] + shape.kernel + tuple(places),
-        images.strides[:2] + tuple(step * one for step, one in zip(steps, shape.dilation))
-        + tuple(step * one for step, one in zip(steps, shape.stride)), writeable=False)
-    return view.reshape(len(images), -1, int(np.prod(places)))
+    seen = windows(images, shape)
+    return seen.reshape(len(images), images.shape[1] * int(np.prod(shape.kernel)), -1)
 
 
 def largest(array: np.ndarray) -> float:

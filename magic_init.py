@@ -55,7 +55,6 @@ SMALL = 0.3
 APART = 1.5
 # A rescaled net's outputs may differ by this part of their std.
 TOLERANCE = 1e-3
-PATCH_BYTES = 1 << 29
 
 
 # ---------------------------------------------------------------------------------------------
@@ -109,16 +108,14 @@ def _patches(stop: Stop, session: Session, geometry: caffe_net.Geometry,
     bottom = session.working.blob(stop.layer.bottoms[0]).data
     depth = bottom.shape[1] // groups
     dimension = depth * int(np.prod(geometry.kernel))
-    count = min(weights.PATCHES_PER_DIMENSION * dimension, PATCH_BYTES // (4 * dimension * groups))
-    count = max(count, 2 * stop.layer.weights.shape[0] // groups, 1000)
-    pairs = [(one, two) for one, two in geometry]
+    count = weights.patch_count(dimension, len(stop.layer.weights) // groups, groups)
     patches = session.crew.array(groups, count, depth, *geometry.kernel)
     for batch in range(batches):
         stop.load(batch)
         rows = slice(count * batch // batches, count * (batch + 1) // batches)
         for group, found in enumerate(patches[:, rows]):
             weights.sample_patches(bottom[:, group * depth:(group + 1) * depth], len(found), rng,
-                                   *pairs, crew=session.crew, out=found)
+                                   geometry, session.crew, found)
     session.crew.gather(None)
     return patches.reshape(groups, count, dimension)
 

@@ -12,6 +12,7 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 
+from caffe_net import Geometry, windows
 from crew import ALONE, Crew
 
 # Random numbers are drawn in parts of this size, so that threads share the work and the result
@@ -36,6 +37,11 @@ KMEANS_PARTS = 8
 THREADS = 2
 # Patches drawn per number in a patch: enough for a covariance that is regularised anyway.
 PATCHES_PER_DIMENSION = 2
+# Patches drawn per filter, as far as all of them hold no more than so many numbers: with a tenth of
+# these the filters of a first convolution are noise, not edges and colours.
+PATCHES_PER_FILTER = 100
+PATCH_NUMBERS = 1 << 22
+PATCH_BYTES = 1 << 29  # of all groups of a layer
 
 
 def gaussian(shape: Sequence[int], rng: np.random.Generator, std: float = 1.0,
@@ -61,48 +67,32 @@ def gaussian(shape: Sequence[int], rng: np.random.Generator, std: float = 1.0,
     return weights
 
 
-def sample_patches(blob: np.ndarray, count: int, rng: np.random.Generator,
-                   kernel: Tuple[int, int], stride: Tuple[int, int] = (1, 1),
-                   pad: Tuple[int, int] = (0, 0),
-                   dilation: Tuple[int, int] = (1, 1), *, crew: Crew = ALONE,
-                   out: Optional[np.ndarray] = None) -> np.ndarray:
+def patch_count(dimension: int, filters: int, groups: int) -> int:
+    """Return how many patches of so many numbers to draw for the filters of each group."""
+    wanted = max(PATCHES_PER_DIMENSION * dimension,
+                 min(PATCHES_PER_FILTER * filters, PATCH_NUMBERS // dimension))
+    return max(min(wanted, PATCH_BYTES // (4 * dimension * groups)), 2 * filters, 1000)
+
+
+def sample_patches(blob: np.ndarray, count: int, rng: np.random.Generator, geometry: Geometry,
+                   crew: Crew = ALONE, out: Optional[np.ndarray] = None) -> np.ndarray:
     """Return `count` patches (count, channels, kernel height, kernel width) of a blob.
 
-    They are what a convolution with this geometry (height, width) multiplies its weights with at
-    random positions of random images of `blob` (n, channels, height, width), zeros outside
-    included; they come in the order of images.  The blobs of a crew hold parts of a batch: each
-    process writes the patches of its images to `out`, an array of the crew.
+    They are what a convolution with this geometry multiplies its weights with at random positions
+    of random images of `blob` (n, channels, height, width); they come in the order of images.  The
+    blobs of a crew hold parts of a batch: each process writes the patches of its images to `out`,
+    an array of the crew.
     Raises ValueError where the kernel does not fit into the padded blob.
     """
-    images, depth, height, width = blob.shape
-    reach = [dilation[axis] * (kernel[axis] - 1) + 1 for axis in (0, 1)]
-    places = [(size + 2 * pad[axis] - reach[axis]) // stride[axis] + 1
-              for axis, size in enumerate((height, width))]
-    if min(places) < 1:
-        raise ValueError("a kernel of %s does not fit into %d x %d with pad %s"
-                         % (kernel, height, width, pad))
-    own = crew.own(images * crew.size)
-    chosen = np.sort(rng.integers(0, images * crew.size, count))
-    tops = rng.integers(0, places[0], count) * stride[0] - pad[0]
-    lefts = rng.integers(0, places[1], count) * stride[1] - pad[1]
+    seen = windows(blob, geometry)
+    images = len(blob) * crew.size
+    own = crew.own(images)
+    chosen = np.sort(rng.integers(0, images, count))
+    rows, columns = (rng.integers(0, places, count) for places in seen.shape[4:])
     here = slice(*np.searchsorted(chosen, (own.start, own.stop)))
-    patches = np.empty((count, depth) + tuple(kernel), np.float32) if out is None else out
-    if any(pad):
-        patches[here] = 0
-    for patch, image, top, left in zip(patches[here], chosen[here] - own.start, tops[here],
-                                       lefts[here]):
-        taps, rows = _inside(top, kernel[0], dilation[0], height)
-        columns_taps, columns = _inside(left, kernel[1], dilation[1], width)
-        patch[:, taps, columns_taps] = blob[image, :, rows, columns]
+    patches = np.empty((count,) + seen.shape[1:4], np.float32) if out is None else out
+    patches[here] = seen[chosen[here] - own.start, :, :, :, rows[here], columns[here]]
     return patches
-
-
-def _inside(start: int, kernel: int, dilation: int, size: int) -> Tuple[slice, slice]:
-    """The taps of a kernel that lie on 0..size-1 when the first lies on `start`, and where."""
-    first = min(max(0, -(start // dilation)), kernel)
-    stop = max(min(kernel, (size - 1 - start) // dilation + 1), first)
-    begin = start + first * dilation
-    return slice(first, stop), slice(begin, begin + (stop - first) * dilation, dilation)
 
 
 def pca(patches: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -13,6 +13,7 @@ import change_rates
 import crew
 import definitions
 import weights
+from caffe_net import Geometry
 from change_rates import Moments
 from crew import Crew, together
 from guarded import ChildDied, in_child
@@ -144,11 +145,12 @@ def test_no_more_threads_are_used_than_the_user_allows(monkeypatch):
 
 def test_patches_of_parts_are_those_of_the_whole():
     blob = np.random.default_rng(1).standard_normal((8, 3, 7, 7)).astype(np.float32)
-    whole = weights.sample_patches(blob, 40, np.random.default_rng(5), (3, 3), pad=(1, 1))
+    geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1))
+    whole = weights.sample_patches(blob, 40, np.random.default_rng(5), geometry)
     joined = np.full_like(whole, np.nan)
     for rank in range(4):
-        weights.sample_patches(blob[2 * rank:2 * rank + 2], 40, np.random.default_rng(5), (3, 3),
-                               pad=(1, 1), crew=Crew(rank, 4), out=joined)
+        weights.sample_patches(blob[2 * rank:2 * rank + 2], 40, np.random.default_rng(5),
+                               geometry, Crew(rank, 4), joined)
     np.testing.assert_array_equal(joined, whole)
 
 

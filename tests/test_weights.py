@@ -10,6 +10,12 @@ import skimage.data
 import sklearn.decomposition
 
 import weights
+from caffe_net import Geometry
+
+
+def square(side, pad=0):
+    """A kernel of one side, moved by 1."""
+    return Geometry((side, side), (1, 1), (pad, pad), (1, 1))
 
 
 def rng(seed=0):
@@ -77,8 +83,8 @@ def test_patches_are_those_that_a_convolution_reads_and_all_of_them_come(kernel,
                                                                          dilation):
     blob = np.arange(1, 2 * 2 * 9 * 7 + 1, dtype=np.float32).reshape(2, 2, 9, 7)
     expected = all_patches(blob, kernel, stride, pad, dilation)
-    patches = weights.sample_patches(blob, 40 * len(expected), rng(), kernel, stride, pad,
-                                     dilation)
+    patches = weights.sample_patches(blob, 40 * len(expected), rng(),
+                                     Geometry(kernel, stride, pad, dilation))
     assert patches.dtype == np.float32
     assert patches.shape[1:] == expected.shape[1:]
     expected, repeats = np.unique(expected.reshape(len(expected), -1), axis=0, return_counts=True)
@@ -91,18 +97,28 @@ def test_patches_of_a_group_are_those_of_its_channels():
     blob = rng(1).standard_normal((2, 6, 8, 8)).astype(np.float32)
     for group in range(3):
         part = blob[:, 2 * group:2 * group + 2]
-        whole = weights.sample_patches(blob, 30, rng(5), (3, 3), pad=(1, 1))
-        patches = weights.sample_patches(part, 30, rng(5), (3, 3), pad=(1, 1))
+        whole = weights.sample_patches(blob, 30, rng(5), square(3, pad=1))
+        patches = weights.sample_patches(part, 30, rng(5), square(3, pad=1))
         np.testing.assert_array_equal(patches, whole[:, 2 * group:2 * group + 2])
 
 
 def test_a_kernel_that_does_not_fit_is_refused():
     blob = np.zeros((1, 1, 4, 4), np.float32)
-    with pytest.raises(ValueError, match="does not fit into 4 x 4"):
-        weights.sample_patches(blob, 1, rng(), (5, 5))
+    with pytest.raises(ValueError, match="does not fit into .4, 4."):
+        weights.sample_patches(blob, 1, rng(), square(5))
     with pytest.raises(ValueError, match="does not fit"):
-        weights.sample_patches(blob, 1, rng(), (3, 3), dilation=(1, 2))
-    assert weights.sample_patches(blob, 1, rng(), (6, 6), pad=(1, 1)).shape == (1, 1, 6, 6)
+        weights.sample_patches(blob, 1, rng(), square(3)._replace(dilation=(1, 2)))
+    assert weights.sample_patches(blob, 1, rng(), square(6, pad=1)).shape == (1, 1, 6, 6)
+
+
+def test_as_many_patches_are_drawn_as_filters_and_covariance_need_and_memory_allows(monkeypatch):
+    assert weights.patch_count(363, 96, 1) == 9600  # CaffeNet's conv1
+    assert weights.patch_count(1200, 128, 2) == 2 ** 22 // 1200  # conv2
+    assert weights.patch_count(2304, 384, 1) == 2 * 2304  # conv3
+    assert weights.patch_count(9, 2, 1) == 1000
+    monkeypatch.setattr(weights, "PATCH_BYTES", 4 * 2304 * 3000)
+    assert weights.patch_count(2304, 384, 1) == 3000
+    assert weights.patch_count(2304, 2000, 1) == 4000
 
 
 # ---------------------------------------------------------------------------------------------
@@ -243,7 +259,7 @@ def test_spherical_kmeans_is_the_papers_loop():
 
 
 def test_kmeans_by_parts_explains_photographs_as_twice_as_many_whole_passes_do(photo):
-    patches = weights.sample_patches(photo, 2000, rng(1), (7, 7)).reshape(2000, -1)
+    patches = weights.sample_patches(photo, 2000, rng(1), square(7)).reshape(2000, -1)
     white, _ = weights.whitened(patches)
 
     def explained(iterations, parts):
@@ -271,7 +287,7 @@ def test_kmeans_finds_planted_clusters_of_either_sign():
 
 
 def test_kmeans_explains_photographs_better_than_chosen_patches(photo):
-    patches = weights.sample_patches(photo, 3000, rng(1), (6, 6)).reshape(3000, -1)
+    patches = weights.sample_patches(photo, 3000, rng(1), square(6)).reshape(3000, -1)
     white, factor = weights.whitened(patches.copy())
 
     def explained(filters):
@@ -312,7 +328,7 @@ def test_constant_patches_alone_give_finite_filters_that_are_not_zero(kind, valu
 
 @pytest.mark.parametrize("kind", sorted(weights.SCHEMES))
 def test_filters_depend_on_the_seed_alone(kind, photo):
-    patches = weights.sample_patches(photo, 800, rng(1), (5, 5)).reshape(800, -1)
+    patches = weights.sample_patches(photo, 800, rng(1), square(5)).reshape(800, -1)
     one = weights.SCHEMES[kind](patches, 32, rng(2))
     two = weights.SCHEMES[kind](patches, 32, rng(2))
     np.testing.assert_array_equal(one, two)
