@@ -28,16 +28,19 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 MOST = 4
 # Images of a batch that a process has at least: the variation within layers comes from their pairs.
 LEAST = 4
+# Numbers that are added up in one go, in memory that all share.
+CHUNK = 1 << 20
 
 
 class Crew:
     """One of the processes of a crew: number `rank` of `size`; the first, 0, hears all others."""
 
-    def __init__(self, rank: int = 0, size: int = 1, memory: int = -1, pipes: Sequence[Any] = (),
+    def __init__(self, rank: int = 0, size: int = 1, board: Any = None, pipes: Sequence[Any] = (),
                  members: Sequence[Any] = ()) -> None:
         self.rank = rank
         self.size = size
-        self._memory = memory
+        self._board = board
+        self._turn = 0
         self._pipes = pipes
         self._members = members
 
@@ -59,22 +62,28 @@ class Crew:
             pipe.send(values)
         return values
 
-    def array(self, *shape: int) -> np.ndarray:
-        """Return a float32 array that all processes see and may write to, until the next call.
+    def total(self, array: np.ndarray) -> np.ndarray:
+        """Make a float32 array the sum of all processes' arrays, the same bits in all; return it.
 
-        What others wrote is there after the next `gather`.
+        Raises ValueError where the array does not lie in one piece.
         """
         if self.size == 1:
-            return np.empty(shape, np.float32)
-        count = int(np.prod(shape))
-        if os.fstat(self._memory).st_size < 4 * count:
-            os.ftruncate(self._memory, 4 * count)
-        return np.frombuffer(mmap.mmap(self._memory, 4 * count), np.float32).reshape(shape)
+            return array
+        flat = array.reshape(-1)
+        if not np.shares_memory(flat, array):
+            raise ValueError("an array of strides %s has no sum in place" % (array.strides,))
+        for start in range(0, flat.size, CHUNK):
+            piece = flat[start:start + CHUNK]
+            self._turn = 1 - self._turn  # others may still read the sum before this one
+            parts = self._board[self._turn, :, :piece.size]
+            parts[self.rank] = piece
+            self.gather(None)
+            parts.sum(axis=0, out=piece)
+        return array
 
     def own(self, count: int) -> slice:
-        """The part of `count` things, a multiple of the crew's size, that is this process's."""
-        part = count // self.size
-        return slice(self.rank * part, (self.rank + 1) * part)
+        """The part of `count` things that is this process's."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def _receive(self, number: int) -> Any:
         try:
@@ -103,18 +112,18 @@ def together(size: int, function: Callable[..., Any], *arguments: Any) -> Any:
     if size == 1:
         return function(ALONE, *arguments)
     context: Any = multiprocessing.get_context("fork")
-    memory = os.memfd_create("crew")
+    board = np.frombuffer(mmap.mmap(-1, 2 * size * CHUNK * 4), np.float32).reshape(2, size, CHUNK)
     pipes: List[Any] = []
     members: List[Any] = []
     for rank in range(1, size):
         ours, theirs = context.Pipe()
         member = context.Process(target=_follow, daemon=True, args=(
-            Crew(rank, size, memory, [theirs]), os.getpid(), theirs, function, arguments))
+            Crew(rank, size, board, [theirs]), os.getpid(), theirs, function, arguments))
         member.start()
         theirs.close()
         pipes.append(ours)
         members.append(member)
-    return function(Crew(0, size, memory, pipes, members), *arguments)
+    return function(Crew(0, size, board, pipes, members), *arguments)
 
 
 def _follow(crew: Crew, first: int, pipe: Any, function: Callable[..., Any],

@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
@@ -47,7 +46,7 @@ ROUNDING = 1e-12
 EQUAL = 1.05
 # Standard error of layers' log rates, over images, below which measuring ends.
 UNCERTAIN = 0.02
-UNCERTAIN_FROM_SCRATCH = 0.15
+UNCERTAIN_FROM_SCRATCH = 0.08
 # With smaller changes of log scales, layers that are nearly homogeneous (LRN) have the degree that
 # their model gives: measurements before count on.
 SMALL = 0.3
@@ -84,22 +83,16 @@ def set_weights(stop: Stop, session: Session, kind: str, within: bool) -> str:
     groups = layer.parameters.convolution_param.group
     filters = layer.weights.reshape((groups, -1) + layer.weights.shape[1:])
     patches = _patches(stop, session, geometry, groups)
-    seeds = rng.integers(0, 2 ** 63, size=groups)
-
-    def make(group: int) -> np.ndarray:
-        return weights.SCHEMES[kind](patches[group], filters.shape[1],
-                                     np.random.default_rng(seeds[group]))
-    rank, size = session.crew.rank, session.crew.size
-    with caffe_net.one_blas_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = session.crew.gather(list(pool.map(make, range(rank, groups, size))))
-    for group, one in enumerate(filters):
-        one[...] = made[group % size][group // size].reshape(one.shape)
+    with caffe_net.one_blas_thread():
+        for group, seen in zip(filters, patches):
+            made = weights.SCHEMES[kind](seen, len(group), rng, session.crew)
+            group[...] = made.reshape(group.shape)
     return kind
 
 
 def _patches(stop: Stop, session: Session, geometry: caffe_net.Geometry,
-             groups: int) -> np.ndarray:
-    """Return the patches (groups, n, d) that the filters of a convolution's groups see.
+             groups: int) -> List[np.ndarray]:
+    """Return the patches (n, d) that the filters of each group of a convolution see.
 
     They come from the first half of the batches: filters respond more to what they were made from
     than to other images, and change rates are to be measured on others.
@@ -109,15 +102,14 @@ def _patches(stop: Stop, session: Session, geometry: caffe_net.Geometry,
     depth = bottom.shape[1] // groups
     dimension = depth * int(np.prod(geometry.kernel))
     count = weights.patch_count(dimension, len(stop.layer.weights) // groups, groups)
-    patches = session.crew.array(groups, count, depth, *geometry.kernel)
+    parts: List[List[np.ndarray]] = [[] for _ in range(groups)]
     for batch in range(batches):
         stop.load(batch)
-        rows = slice(count * batch // batches, count * (batch + 1) // batches)
-        for group, found in enumerate(patches[:, rows]):
-            weights.sample_patches(bottom[:, group * depth:(group + 1) * depth], len(found), rng,
-                                   geometry, session.crew, found)
-    session.crew.gather(None)
-    return patches.reshape(groups, count, dimension)
+        share = count * (batch + 1) // batches - count * batch // batches
+        for group, part in enumerate(parts):
+            part.append(weights.sample_patches(bottom[:, group * depth:(group + 1) * depth], share,
+                                               rng, geometry, session.crew))
+    return [np.concatenate(part).reshape(-1, dimension) for part in parts]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Weights from data (paper, section 3.3): random, PCA, ZCA, patches and k-means.
 
 Every scheme takes patches (n, d) of a layer's input, d = channels x kernel height x kernel width,
-and returns filters (m, d).  Sections 3.1 and 3.2 give them their scale.
+and returns filters (m, d).  Sections 3.1 and 3.2 give them their scale.  In a crew each process has
+patches of its own part of the images, and all get the filters that all patches together give.
 
     python -c "import numpy, weights; print(weights.gaussian((2, 3), numpy.random.default_rng(0)))"
 """
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Dict, Optional, Sequence, Tuple
 
@@ -19,7 +21,7 @@ from crew import ALONE, Crew
 # does not depend on how many there are.
 PART = 1 << 21
 # Of the mean eigenvalue, added to all before whitening; Coates & Ng use 0.01 to 0.1.
-REGULARISER = 0.1
+REGULARISER = 0.03
 # Of the mean patch variance, added before contrast normalisation; Coates & Ng add 10 to the
 # variance of pixels in 0..255.
 CONTRAST = 0.01
@@ -75,13 +77,12 @@ def patch_count(dimension: int, filters: int, groups: int) -> int:
 
 
 def sample_patches(blob: np.ndarray, count: int, rng: np.random.Generator, geometry: Geometry,
-                   crew: Crew = ALONE, out: Optional[np.ndarray] = None) -> np.ndarray:
+                   crew: Crew = ALONE) -> np.ndarray:
     """Return `count` patches (count, channels, kernel height, kernel width) of a blob.
 
     They are what a convolution with this geometry multiplies its weights with at random positions
     of random images of `blob` (n, channels, height, width); they come in the order of images.  The
-    blobs of a crew hold parts of a batch: each process writes the patches of its images to `out`,
-    an array of the crew.
+    blobs of a crew hold parts of a batch, of which each process returns its part of the patches.
     Raises ValueError where the kernel does not fit into the padded blob.
     """
     seen = windows(blob, geometry)
@@ -90,57 +91,59 @@ def sample_patches(blob: np.ndarray, count: int, rng: np.random.Generator, geome
     chosen = np.sort(rng.integers(0, images, count))
     rows, columns = (rng.integers(0, places, count) for places in seen.shape[4:])
     here = slice(*np.searchsorted(chosen, (own.start, own.stop)))
-    patches = np.empty((count,) + seen.shape[1:4], np.float32) if out is None else out
-    patches[here] = seen[chosen[here] - own.start, :, :, :, rows[here], columns[here]]
-    return patches
+    return seen[chosen[here] - own.start, :, :, :, rows[here], columns[here]]
 
 
-def pca(patches: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def pca(patches: np.ndarray, count: int, rng: np.random.Generator,
+        crew: Crew = ALONE) -> np.ndarray:
     """Return (count, d) filters v_i / sqrt(lambda_i): the first principal components, white.
 
     Where `count` exceeds the rank of the patches, the others are random directions of the white
     space: also of unit variance, but no longer uncorrelated.
     """
-    values, vectors = _spectrum(patches)
+    values, vectors = _spectrum(patches, crew)
     white = (vectors / np.sqrt(values)).T
     return _with_random_directions(white[:count], white, count, rng)
 
 
-def zca(patches: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def zca(patches: np.ndarray, count: int, rng: np.random.Generator,
+        crew: Crew = ALONE) -> np.ndarray:
     """Return (count, d) rows of the symmetric whitening matrix V diag(lambda^-1/2) V^T.
 
     Each is centred on one number of the patch that varies, chosen at random; more rows than there
     are such numbers are random directions of the white space.
     """
-    values, vectors = _spectrum(patches)
+    values, vectors = _spectrum(patches, crew)
     varying = np.flatnonzero(np.einsum("dk,dk->d", vectors, vectors) > 1e-6)
     rows = rng.permutation(varying)[:count]
     white = (vectors / np.sqrt(values)).T
     return _with_random_directions(vectors[rows] @ white, white, count, rng)
 
 
-def random_patches(patches: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def random_patches(patches: np.ndarray, count: int, rng: np.random.Generator,
+                   crew: Crew = ALONE) -> np.ndarray:
     """Return (count, d) filters that are whitened patches chosen at random."""
-    white, factor = whitened(patches)
-    return _filters(_chosen(white, count, rng), factor)
+    white, factor = whitened(patches, crew)
+    return _filters(_chosen(white, count, rng, crew), factor)
 
 
-def kmeans(patches: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def kmeans(patches: np.ndarray, count: int, rng: np.random.Generator,
+           crew: Crew = ALONE) -> np.ndarray:
     """Return (count, d) filters that are centroids of spherical k-means on whitened patches.
 
     After Coates & Ng, 'Learning feature representations with k-means' (2012): contrast-normalised
     and whitened patches x, unit centroids D, s = D x for the best centroid and else 0, and
     D <- X S^T + D, normalised again.
     """
-    white, factor = whitened(patches)
-    return _filters(spherical_kmeans(white, count, rng), factor)
+    white, factor = whitened(patches, crew)
+    return _filters(spherical_kmeans(white, count, rng, crew=crew), factor)
 
 
-SCHEMES: Dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] = {
+SCHEMES: Dict[str, Callable[[np.ndarray, int, np.random.Generator, Crew], np.ndarray]] = {
     "pca": pca, "zca": zca, "kmeans": kmeans, "rand": random_patches}
 
 
-def whitened(patches: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+def whitened(patches: np.ndarray, crew: Crew = ALONE) -> Tuple[np.ndarray, np.ndarray]:
     """Return contrast-normalised white patches x L^-T and the Cholesky factor L.
 
     L L^T is the regularised covariance.  Any other whitening (ZCA, PCA) is a rotation of this one,
@@ -149,11 +152,15 @@ def whitened(patches: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
     means = patches.mean(axis=1, keepdims=True)
     normal = patches - means
     variances = np.einsum("nd,nd->n", normal, normal) / patches.shape[1]
-    normal /= np.sqrt(np.maximum(variances + CONTRAST * variances.mean(), TINY))[:, None]
-    normal -= normal.mean(axis=0)
-    with ThreadPoolExecutor(THREADS) as pool:
-        covariance = sum(pool.map(lambda rows: rows.T @ rows, np.array_split(normal, THREADS)))
-    covariance /= len(normal)
+    count = sum(crew.gather(len(patches)))
+    contrast = CONTRAST * sum(crew.gather(float(variances.sum()))) / count
+    normal /= np.sqrt(np.maximum(variances + contrast, TINY))[:, None]
+    normal -= crew.total(normal.sum(axis=0)) / count
+    threads = _threads(crew)
+    with ThreadPoolExecutor(threads) as pool:
+        covariance = crew.total(functools.reduce(np.add, pool.map(
+            lambda rows: rows.T @ rows, np.array_split(normal, threads))))
+    covariance /= count
     diagonal = np.einsum("dd->d", covariance)
     np.fill_diagonal(covariance, diagonal + max(REGULARISER * diagonal.mean(), TINY))
     # symmetric: its transpose lies in memory as LAPACK, which counts columns first, wants it
@@ -164,25 +171,32 @@ def whitened(patches: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
 
 def spherical_kmeans(white: np.ndarray, count: int, rng: np.random.Generator,
                      iterations: int = KMEANS_ITERATIONS,
-                     parts: int = KMEANS_PARTS) -> np.ndarray:
+                     parts: int = KMEANS_PARTS, crew: Crew = ALONE) -> np.ndarray:
     """Return (count, d) unit centroids of white data (n, d) (Coates & Ng 2012, section 2).
 
     The sum X S^T is kept as that of `parts` of the patches, which are renewed in turn: centroids
     move that many times an iteration (as in Neal & Hinton's incremental EM).  Patches that follow
     each other, which may be of one image, go to different parts.
     """
-    centroids = _chosen(white, count, rng)
-    pieces = [np.array_split(white[part::parts], THREADS) for part in range(parts)]
+    centroids = _chosen(white, count, rng, crew)
+    threads = _threads(crew)
+    pieces = [np.array_split(white[part::parts], threads) for part in range(parts)]
     sums = np.zeros((parts,) + centroids.shape, np.float32)
     total = np.zeros_like(centroids)
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for step in range(iterations * parts):
             part = sums[step % parts]
             total -= part
-            part[...] = sum(pool.map(_joined, pieces[step % parts], [centroids] * THREADS))
+            part[...] = crew.total(functools.reduce(np.add, pool.map(
+                _joined, pieces[step % parts], [centroids] * threads)))
             total += part
             centroids = _unit_rows(total + centroids)
     return centroids
+
+
+def _threads(crew: Crew) -> int:
+    """How many threads each process of a crew splits its work for."""
+    return max(1, THREADS // crew.size)
 
 
 def _joined(patches: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -200,21 +214,27 @@ def _filters(directions: np.ndarray, factor: np.ndarray) -> np.ndarray:
     return scipy.linalg.blas.strsm(1.0, factor, directions.T, lower=1, trans_a=1).T
 
 
-def _chosen(white: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def _chosen(white: np.ndarray, count: int, rng: np.random.Generator, crew: Crew) -> np.ndarray:
     """Return (count, d) unit rows: patches chosen at random, all different if the patches are.
 
     Where there are too few of them each is taken several times, with random numbers of half its
     length added; where none varies, all are random directions.
     """
     squares = np.einsum("nd,nd->n", white, white)
-    usable = np.flatnonzero(squares > FAINT * squares.mean())
-    if not len(usable):
+    sums = crew.gather((len(squares), float(squares.sum())))
+    typical = sum(total for _, total in sums) / sum(number for number, _ in sums)
+    usable = np.flatnonzero(squares > FAINT * typical)
+    shares = np.cumsum([0] + crew.gather(len(usable)))
+    if not shares[-1]:
         return _unit_rows(gaussian((count, white.shape[1]), rng))
-    few = len(usable) < count
-    rows = _unit_rows(white[rng.choice(usable, count, replace=few)])
+    few = shares[-1] < count
+    bounds = np.rint(shares / shares[-1] * count).astype(int)
+    own = np.random.default_rng([rng.integers(2 ** 31), crew.rank])
+    wanted = bounds[crew.rank + 1] - bounds[crew.rank]
+    rows = _unit_rows(white[own.choice(usable, wanted, replace=few)])
     if few:
-        rows = _unit_rows(rows + 0.5 * _unit_rows(gaussian(rows.shape, rng)))
-    return rows
+        rows = _unit_rows(rows + 0.5 * _unit_rows(gaussian(rows.shape, own)))
+    return np.concatenate(crew.gather(rows))
 
 
 def _unit_rows(rows: np.ndarray) -> np.ndarray:
@@ -222,13 +242,14 @@ def _unit_rows(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(lengths, TINY)[:, None]
 
 
-def _spectrum(patches: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+def _spectrum(patches: np.ndarray, crew: Crew) -> Tuple[np.ndarray, np.ndarray]:
     """Eigenvalues above rounding, largest first, and eigenvectors as columns.
 
     Patches that do not vary at all count as white.
     """
-    centred = patches - patches.mean(axis=0)
-    covariance = (centred.T @ centred).astype(np.float64) / len(centred)
+    count = sum(crew.gather(len(patches)))
+    centred = patches - crew.total(patches.sum(axis=0)) / count
+    covariance = crew.total(centred.T @ centred).astype(np.float64) / count
     values, vectors = np.linalg.eigh(covariance)
     kept = values > 1e-6 * values[-1]
     if values[-1] <= 0:

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import psutil
@@ -112,23 +112,25 @@ def time_case(case: Case, arguments: argparse.Namespace, folder: str) -> Dict[st
 def _run(command: Sequence[str]) -> int:
     """Run a command and return the most memory (bytes) that all its processes held at a time.
 
-    Pages that processes share count in each: it is no less than what a machine must have.
+    Files and memory that they share count once, as in the one that holds most of them.
     """
     peak = 0
     with psutil.Popen(command) as process:
         while process.poll() is None:
-            peak = max(peak, sum(_resident(one) for one in
-                                 [process] + process.children(recursive=True)))
+            held = [_resident(one) for one in [process] + process.children(recursive=True)]
+            peak = max(peak, sum(own for own, _ in held) + max(shared for _, shared in held))
             time.sleep(0.05)
         if process.returncode:
             raise ValueError("%s failed" % " ".join(command))
     return peak
 
 
-def _resident(process: Any) -> int:
+def _resident(process: Any) -> Tuple[int, int]:
+    """Bytes of a process's own memory and of what it may share; none of one that has just ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        return int(process.memory_info().rss)
-    return 0  # it has just ended
+        memory = process.memory_info()
+        return memory.rss - memory.shared, memory.shared
+    return 0, 0
 
 
 def forward_seconds(net: str, data: str) -> float:

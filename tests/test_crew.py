@@ -31,14 +31,10 @@ def talk(own):
     return own.gather(own.rank * 10), own.gather("of %d" % own.rank), own.first
 
 
-def write_parts(own):
-    array = own.array(2, 6)
-    array[:, own.own(6)] = own.rank
-    own.gather(None)
-    found = array.copy()
-    own.gather(None)
-    own.array(1)[0] = 7
-    return found
+def add_up(own):
+    arrays = [np.arange(6, dtype=np.float32).reshape(2, 3) * (own.rank + 1) for _ in range(4)]
+    return [own.total(array) for array in arrays] + [
+        own.total(np.ones(2 * crew.CHUNK + 7, np.float32))]
 
 
 def fail(own, rank):
@@ -80,9 +76,12 @@ def test_values_are_gathered_in_order_of_rank_and_the_first_returns(size):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_all_write_to_one_array(size):
-    np.testing.assert_array_equal(run_together(size, write_parts),
-                                  [[rank for rank in range(size) for _ in range(6 // size)]] * 2)
+def test_arrays_add_up(size):
+    *found, ones = run_together(size, add_up)
+    for total in found:
+        np.testing.assert_array_equal(total, [[0, 1, 2], [3, 4, 5]] * np.array(
+            size * (size + 1) / 2))
+    np.testing.assert_array_equal(ones, [size] * (2 * crew.CHUNK + 7))
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
@@ -147,11 +146,9 @@ def test_patches_of_parts_are_those_of_the_whole():
     blob = np.random.default_rng(1).standard_normal((8, 3, 7, 7)).astype(np.float32)
     geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1))
     whole = weights.sample_patches(blob, 40, np.random.default_rng(5), geometry)
-    joined = np.full_like(whole, np.nan)
-    for rank in range(4):
-        weights.sample_patches(blob[2 * rank:2 * rank + 2], 40, np.random.default_rng(5),
-                               geometry, Crew(rank, 4), joined)
-    np.testing.assert_array_equal(joined, whole)
+    parts = [weights.sample_patches(blob[2 * rank:2 * rank + 2], 40, np.random.default_rng(5),
+                                    geometry, Crew(rank, 4)) for rank in range(4)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
 def test_moments_of_parts_with_equal_variation_are_those_of_the_whole():

@@ -204,11 +204,11 @@ def test_whitened_patches_have_the_identity_as_covariance(monkeypatch):
     np.testing.assert_allclose(white @ factor.T, contrast_normalised(patches), atol=1e-3)
 
 
-def test_regulariser_is_a_tenth_of_the_mean_variance():
+def test_regulariser_is_a_part_of_the_mean_variance():
     patches = correlated(500, 12)
     normal = contrast_normalised(patches)
     covariance = normal.T @ normal / len(normal)
-    expected = covariance + 0.1 * np.trace(covariance) / 12 * np.eye(12)
+    expected = covariance + 0.03 * np.trace(covariance) / 12 * np.eye(12)
     _, factor = weights.whitened(patches)
     lower = np.tril(factor).astype(np.float64)
     np.testing.assert_allclose(lower @ lower.T, expected, atol=1e-4)
