@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import psutil
@@ -112,25 +112,24 @@ def time_case(case: Case, arguments: argparse.Namespace, folder: str) -> Dict[st
 def _run(command: Sequence[str]) -> int:
     """Run a command and return the most memory (bytes) that all its processes held at a time.
 
-    Files and memory that they share count once, as in the one that holds most of them.
+    Pages that several of them hold count once.
     """
     peak = 0
     with psutil.Popen(command) as process:
         while process.poll() is None:
-            held = [_resident(one) for one in [process] + process.children(recursive=True)]
-            peak = max(peak, sum(own for own, _ in held) + max(shared for _, shared in held))
-            time.sleep(0.05)
+            peak = max(peak, sum(_held(one) for one in
+                                 [process] + process.children(recursive=True)))
+            time.sleep(0.5)
         if process.returncode:
             raise ValueError("%s failed" % " ".join(command))
     return peak
 
 
-def _resident(process: Any) -> Tuple[int, int]:
-    """Bytes of a process's own memory and of what it may share; none of one that has just ended."""
+def _held(process: Any) -> int:
+    """Bytes of a process, of pages that it shares its part; 0 of one that has just ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        memory = process.memory_info()
-        return memory.rss - memory.shared, memory.shared
-    return 0, 0
+        return int(process.memory_full_info().pss)
+    return 0
 
 
 def forward_seconds(net: str, data: str) -> float:
