@@ -527,7 +527,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--mem-limit", type=count, default=3000, metavar="MB", help="memory for blobs of all "
         "images; what exceeds it goes to a temporary file (default: 3000)")
     add("--processes", type=count, metavar="N", help="processes at most that share the work "
-        "on a CPU (default: one a processor, up to 4); results differ by rounding only")
+        "on a CPU (default: one a processor, up to 4); filters made from data depend on it")
     add("--seed", type=natural, default=0, help="seed of all random numbers (default: 0)")
     argument_types.add_device(parser)
     add("-q", "--quiet", action="store_true", help="only warnings, errors and no table")
