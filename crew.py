@@ -20,7 +20,7 @@ from typing import Any, Callable, List, Optional, Sequence
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from guarded import InChild, die_with_parent
+from guarded import InChild, die_with_parent, pickled
 
 # Variables that tell BLAS libraries how many threads to use, read when they are loaded.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -136,7 +136,7 @@ def _follow(crew: Crew, first: int, pipe: Any, function: Callable[..., Any],
     try:
         function(crew, *arguments)
     except BaseException as error:
-        pipe.send((None, error, "\n" + traceback.format_exc()))
+        pipe.send_bytes(pickled((None, error, "\n" + traceback.format_exc())))
     os._exit(0)  # Caffe's destructors may crash after the work is done
 
 

@@ -182,7 +182,7 @@ def _child_main(sender: Any, parent: int, log: str, function: Callable[..., Any]
         answer = (function(*arguments), None, "")
     except BaseException as error:  # the parent decides what to show of it
         answer = (None, error, "\n" + traceback.format_exc())
-    sender.send_bytes(_pickled(answer))
+    sender.send_bytes(pickled(answer))
     sender.close()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -200,7 +200,7 @@ def _keep_from_terminal(log: str) -> None:
             handler.setStream(sys.stderr)
 
 
-def _pickled(answer: tuple) -> bytes:
+def pickled(answer: tuple) -> bytes:
     """The bytes of an answer, or of a plain error where it cannot be packed."""
     error = answer[1]
     try:

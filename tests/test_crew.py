@@ -44,6 +44,19 @@ def fail(own, rank):
     own.gather(None)
 
 
+class Stubborn(ValueError):
+    """Packs, but does not unpack: its arguments are not its message."""
+
+    def __init__(self, path, line):
+        super().__init__("%s:%d is wrong" % (path, line))
+
+
+def fail_stubbornly(own):
+    if not own.first:
+        raise Stubborn("net", 3)
+    own.gather(None)
+
+
 def end(own, number):
     if own.rank == 1:
         os.kill(os.getpid(), number)
@@ -88,6 +101,11 @@ def test_arrays_add_up(size):
 def test_what_any_process_raises_is_raised(rank):
     with pytest.raises(FileNotFoundError, match="gone: 'net'"):
         run_together(3, fail, rank)
+
+
+def test_errors_that_cannot_travel_are_told_all_the_same():
+    with pytest.raises(ValueError, match="net:3 is wrong"):
+        run_together(2, fail_stubbornly)
 
 
 @pytest.mark.parametrize("number, message", [
