@@ -44,7 +44,9 @@ CONSTANT = 1e-10
 ROUNDING = 1e-12
 # Rates within this factor of each other are equal; measuring again would not tell.
 EQUAL = 1.05
-# Standard error of layers' log rates, over images, below which measuring ends.
+# Standard error of layers' log rates, over images, below which measuring ends.  From scratch,
+# GoogLeNet's rates on other photographs lie within 1.41 and 1.33 with 0.15, 1.35 and 1.28 with 0.08
+# (two seeds).
 UNCERTAIN = 0.02
 UNCERTAIN_FROM_SCRATCH = 0.08
 # With smaller changes of log scales, layers that are nearly homogeneous (LRN) have the degree that
