@@ -65,13 +65,13 @@ class Crew:
     def total(self, array: np.ndarray) -> np.ndarray:
         """Make a float32 array the sum of all processes' arrays, the same bits in all; return it.
 
-        Raises ValueError where the array does not lie in one piece.
+        Raises ValueError where the array does not lie in one piece, row by row.
         """
         if self.size == 1:
             return array
-        flat = array.reshape(-1)
-        if not np.shares_memory(flat, array):
+        if not array.flags.c_contiguous:
             raise ValueError("an array of strides %s has no sum in place" % (array.strides,))
+        flat = array.reshape(-1)
         for start in range(0, flat.size, CHUNK):
             piece = flat[start:start + CHUNK]
             self._turn = 1 - self._turn  # others may still read the sum before this one
@@ -118,7 +118,7 @@ def together(size: int, function: Callable[..., Any], *arguments: Any) -> Any:
     for rank in range(1, size):
         ours, theirs = context.Pipe()
         member = context.Process(target=_follow, daemon=True, args=(
-            Crew(rank, size, board, [theirs]), os.getpid(), theirs, function, arguments))
+            Crew(rank, size, board, [theirs]), theirs, function, arguments))
         member.start()
         theirs.close()
         pipes.append(ours)
@@ -126,12 +126,10 @@ def together(size: int, function: Callable[..., Any], *arguments: Any) -> Any:
     return function(Crew(0, size, board, pipes, members), *arguments)
 
 
-def _follow(crew: Crew, first: int, pipe: Any, function: Callable[..., Any],
+def _follow(crew: Crew, pipe: Any, function: Callable[..., Any],
             arguments: Sequence[Any]) -> None:
     """Run a member of the crew other than the first, which alone speaks to the user."""
     die_with_parent()
-    if os.getppid() != first:
-        os._exit(1)  # it ended before the kernel was asked
     logging.disable(logging.CRITICAL)
     try:
         function(crew, *arguments)

@@ -90,7 +90,7 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile(prefix="caffe.", suffix=".log") as log:
         child = context.Process(target=_child_main,
-                                args=(sender, os.getpid(), log.name, function, arguments))
+                                args=(sender, log.name, function, arguments))
         with _PassedOn() as signals:
             signals.start(child)
             sender.close()
@@ -138,9 +138,15 @@ def log_to_stderr(quiet: bool = False) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends (Linux; elsewhere no effect)."""
+    """Ask the kernel to kill this process when its parent ends (Linux; elsewhere no effect).
+
+    A child of multiprocessing whose parent has ended before ends now.
+    """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)
 
 
 def keep_freed_memory() -> None:
@@ -166,11 +172,8 @@ def _start_method() -> str:
     return "fork" if may_fork() else "spawn"
 
 
-def _child_main(sender: Any, parent: int, log: str, function: Callable[..., Any],
-                arguments: tuple) -> None:
+def _child_main(sender: Any, log: str, function: Callable[..., Any], arguments: tuple) -> None:
     die_with_parent()
-    if os.getppid() != parent:
-        os._exit(1)  # it ended before the kernel was asked
     os.setpgid(0, 0)  # so that Ctrl-C reaches the parent alone, which passes it on once
     _keep_from_terminal(log)
     faulthandler.disable()  # a forked child has its parent's; an abort is told in one line
