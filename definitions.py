@@ -386,6 +386,7 @@ def _works_on_batch(layer: Any) -> bool:
     if layer.type == "BatchNorm":
         parameters = layer.batch_norm_param
         return parameters.HasField("use_global_stats") and not parameters.use_global_stats
+    # an axis counted from the end may be the first
     axes = [getattr(parameters, name) for field, parameters in layer.ListFields()
             for name in ("axis", "concat_dim", "slice_dim")
             if field.name.endswith("_param") and hasattr(parameters, name)]

@@ -41,16 +41,16 @@ class Session:
     with its part of each batch; all draw the same random numbers.
     """
 
-    def __init__(self, together: Crew, definition: Any, arguments: argparse.Namespace,
+    def __init__(self, own: Crew, definition: Any, arguments: argparse.Namespace,
                  paths: Sequence[str], notes: Sequence[str] = ()) -> None:
-        self.crew = together
+        self.crew = own
         self.notes = list(notes)
         self.rng = np.random.default_rng(arguments.seed)
         self.seconds: Dict[str, float] = {}
         self.energy: Dict[str, np.ndarray] = {}
         self.seen: Dict[str, Tuple[float, float]] = {}
         self._clock = time.perf_counter()
-        self._quiet = arguments.quiet or not sys.stderr.isatty() or not together.first
+        self._quiet = arguments.quiet or not sys.stderr.isatty() or not own.first
         caffe_net.use_device(arguments.device)
         definitions.import_caffe().set_random_seed(arguments.seed)
         self.definition = definition
@@ -63,7 +63,7 @@ class Session:
             whole = min(len(paths) // self.size, self.batches + 1) * self.size
             chosen = self.rng.permutation(len(paths))[:whole].reshape(-1, self.size)
             self.feed = caffe_net.ImageFeed(
-                [paths[number] for number in chosen[:, together.own(self.size)].ravel()],
+                [paths[number] for number in chosen[:, own.own(self.size)].ravel()],
                 self.working.image.shape, arguments.mean, arguments.scale)
             self.check = self.feed.batches - 1
         else:
@@ -170,10 +170,7 @@ def in_crew(function: Callable[..., Any], arguments: argparse.Namespace, paths: 
         notes.append("one process does all: images of a batch may meet in layer %s" % mixing)
         size = 1
         crew.limit_threads(available)
-    return crew.together(size, _in_session, function, definition, arguments, paths, notes, output)
 
-
-def _in_session(together: Crew, function: Callable[..., Any], definition: Any,
-                arguments: argparse.Namespace, paths: Sequence[str], notes: Sequence[str],
-                output: str) -> Any:
-    return function(Session(together, definition, arguments, paths, notes), arguments, output)
+    def work(own: Crew) -> Any:
+        return function(Session(own, definition, arguments, paths, notes), arguments, output)
+    return crew.together(size, work)

@@ -8,7 +8,7 @@ patches of its own part of the images, and all get the filters that all patches 
 """
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 import scipy.linalg
@@ -155,15 +155,14 @@ def whitened(patches: np.ndarray, crew: Crew = ALONE) -> Tuple[np.ndarray, np.nd
     means = patches.mean(axis=1, keepdims=True)
     normal = patches - means
     variances = np.einsum("nd,nd->n", normal, normal) / patches.shape[1]
-    count = sum(crew.gather(len(patches)))
-    contrast = CONTRAST * sum(crew.gather(float(variances.sum()))) / count
+    contrast = CONTRAST * _mean(variances, crew)
     normal /= np.sqrt(np.maximum(variances + contrast, TINY))[:, None]
-    normal -= crew.total(normal.sum(axis=0)) / count
+    normal -= _mean(normal, crew)
     threads = _threads(crew)
     with ThreadPoolExecutor(threads) as pool:
         covariance = crew.total(functools.reduce(np.add, pool.map(
             lambda rows: rows.T @ rows, np.array_split(normal, threads))))
-    covariance /= count
+    covariance /= sum(crew.gather(len(normal)))
     diagonal = np.einsum("dd->d", covariance)
     np.fill_diagonal(covariance, diagonal + max(REGULARISER * diagonal.mean(), TINY))
     # symmetric: its transpose lies in memory as LAPACK, which counts columns first, wants it
@@ -224,9 +223,7 @@ def _chosen(white: np.ndarray, count: int, rng: np.random.Generator, crew: Crew)
     length added; where none varies, all are random directions.
     """
     squares = np.einsum("nd,nd->n", white, white)
-    sums = crew.gather((len(squares), float(squares.sum())))
-    typical = sum(total for _, total in sums) / sum(number for number, _ in sums)
-    usable = np.flatnonzero(squares > FAINT * typical)
+    usable = np.flatnonzero(squares > FAINT * _mean(squares, crew))
     shares = np.cumsum([0] + crew.gather(len(usable)))
     if not shares[-1]:
         return _unit_rows(gaussian((count, white.shape[1]), rng))
@@ -240,6 +237,12 @@ def _chosen(white: np.ndarray, count: int, rng: np.random.Generator, crew: Crew)
     return np.concatenate(crew.gather(rows))
 
 
+def _mean(rows: np.ndarray, crew: Crew) -> Any:
+    """Return the mean of all processes' rows (n, ...)."""
+    found = crew.gather((rows.sum(axis=0), len(rows)))
+    return sum(total for total, _ in found) / sum(count for _, count in found)
+
+
 def _unit_rows(rows: np.ndarray) -> np.ndarray:
     lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
     return rows / np.maximum(lengths, TINY)[:, None]
@@ -250,9 +253,9 @@ def _spectrum(patches: np.ndarray, crew: Crew) -> Tuple[np.ndarray, np.ndarray]:
 
     Patches that do not vary at all count as white.
     """
-    count = sum(crew.gather(len(patches)))
-    centred = patches - crew.total(patches.sum(axis=0)) / count
-    covariance = crew.total(centred.T @ centred).astype(np.float64) / count
+    centred = patches - _mean(patches, crew)
+    covariance = crew.total(centred.T @ centred).astype(np.float64)
+    covariance /= sum(crew.gather(len(centred)))
     values, vectors = np.linalg.eigh(covariance)
     kept = values > 1e-6 * values[-1]
     if values[-1] <= 0:
