@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from initialised import DATA, TOY, pixels, plain_outputs, run, stored_weights, write_images
 from test_any_net import INCEPTION, RESIDUAL, TWO_OUTPUTS, trained
+from test_guarded import UNKNOWN_TYPE, Stubborn, building
 from toy_nets import layer
 
 import change_rates
@@ -44,13 +45,6 @@ def fail(own, rank):
     own.gather(None)
 
 
-class Stubborn(ValueError):
-    """Packs, but does not unpack: its arguments are not its message."""
-
-    def __init__(self, path, line):
-        super().__init__("%s:%d is wrong" % (path, line))
-
-
 def fail_stubbornly(own):
     if not own.first:
         raise Stubborn("net", 3)
@@ -65,7 +59,7 @@ def end(own, number):
 
 def stop_in_caffe(own):
     if own.rank == 1:
-        definitions.import_caffe().Net("/no/such/net", 1)
+        building(UNKNOWN_TYPE)
     own.gather(None)
 
 
@@ -116,7 +110,7 @@ def test_all_end_as_the_one_that_was_killed(number, message):
 
 
 def test_the_last_words_of_caffe_are_told_whoever_said_them():
-    with pytest.raises((ChildDied, RuntimeError), match="/no/such/net"):
+    with pytest.raises(ChildDied, match="Caffe stopped: .*Nonsense"):
         run_together(2, stop_in_caffe)
 
 
