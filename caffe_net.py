@@ -7,7 +7,6 @@ layer over all batches; section 3.1 needs the statistics of one layer before the
     python -c "import caffe_net; print(caffe_net.choose_device(False, None))"
 """
 import concurrent.futures
-import functools
 import glob
 import os
 import tempfile
@@ -15,8 +14,8 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import cv2
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
+import blas
 from definitions import Input, build, import_caffe, outputs
 from guarded import ChildDied, in_child
 
@@ -58,21 +57,6 @@ def use_device(gpu: Optional[int]) -> None:
 
 def _probe_gpu(gpu: int) -> None:
     use_device(gpu)
-
-
-def one_blas_thread() -> Any:
-    """Return a context in which the BLAS of NumPy and SciPy computes on one thread.
-
-    Its idle threads spin for a while and take a core from Caffe's next layer; beside threads of
-    our own, and on small matrices, they take several times as long as none.
-    """
-    return _blas().limit(limits=1, user_api="blas")
-
-
-@functools.lru_cache(maxsize=None)
-def _blas() -> ThreadpoolController:
-    """The BLAS libraries of this process: finding them takes milliseconds."""
-    return ThreadpoolController()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -564,8 +548,7 @@ def _products(working: WorkingNet, layer: Optional[Layer], load: Callable[[int],
         load(batch)
         row[...] = bottom.reshape(-1)
     weights = layer.weights if parameters.transpose else layer.weights.T
-    with one_blas_thread():
-        outputs = inputs.reshape(-1, weights.shape[0]) @ weights
+    outputs = blas.product(inputs.reshape(-1, weights.shape[0]), weights)
     if layer.has_bias:
         outputs += layer.blobs[1].data
     return outputs.reshape((batches - 1,) + top.shape)

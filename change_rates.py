@@ -11,17 +11,16 @@ spared that work (`definitions.spare_weight_gradients`).
 
     python magic_init.py models/caffenet_tiny/deploy.prototxt out.caffemodel -d 'photos/*' -cs
 """
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+import blas
 from caffe_net import (
     Geometry,
     WorkingNet,
     affine_view,
     geometry,
-    one_blas_thread,
     sum_of_squares,
     windows,
 )
@@ -30,8 +29,6 @@ from scales import AffineScales, ScaleGraph
 
 # Random numbers eta that a measurement draws at least.
 LOSSES = 2000
-# Numbers that are unrolled for a matrix product in one go, 32 MB.
-PART = 1 << 23
 
 
 class ChangeRates:
@@ -236,8 +233,7 @@ def _one_pass(graph: ScaleGraph, names: Sequence[str], rng: np.random.Generator,
         if not per_image(scaled.layer.parameters):
             scaled.layer.blobs[0].diff[...] = 0  # Caffe adds to what is there
     working.backward()
-    with one_blas_thread():
-        found = [moments(scaled, working, products) for scaled in graph.owners()]
+    found = [moments(scaled, working, products) for scaled in graph.owners()]
     images = len(working.blob(working.layers[0].tops[0]).data)
     found = [one if len(one.squares) == images else _of_rows(one, images) for one in found]
     return joined_moments(crew.gather(Moments(
@@ -309,39 +305,29 @@ def _of_products(scaled: AffineScales, bottom: np.ndarray, top: np.ndarray) -> M
 
 def _of_convolution(scaled: AffineScales, bottom: np.ndarray, top: np.ndarray,
                     products: bool) -> Moments:
-    """Convolution: g_n = y_n im2col(x_n)^T, summed over positions; images go in parts."""
+    """Convolution: g_n = y_n im2col(x_n)^T, summed over positions, image by image."""
     shape = geometry(scaled.layer)
     assert shape is not None
     groups = scaled.layer.parameters.convolution_param.group
     images, outputs = top.shape[:2]
-    kernel = int(np.prod(shape.kernel))
-    layout = (groups, outputs // groups, scaled.in_channels // groups, kernel)
-    places = top[0, 0].size
-    part = max(1, PART // (scaled.in_channels * kernel * places))
+    layout = (groups, outputs // groups, scaled.in_channels // groups, int(np.prod(shape.kernel)))
+    squares, fourths = np.zeros((2, images, len(scaled.blocks)))
+    total = np.zeros(layout, np.float32)
 
-    def of_part(first: int) -> Tuple[List[List[float]], np.ndarray, np.ndarray]:
-        """Squares by image and block, sum of their squares by block, their sum over images."""
-        columns = im2col(bottom[first:first + part], shape)
-        columns = columns.reshape(len(columns), groups, -1, places)
-        errors = top[first:first + part].reshape(len(columns), groups, -1, places)
-        gradients = (errors @ columns.transpose(0, 1, 3, 2)).reshape((len(columns),) + layout)
-        squares = [[_squared(image[block.groups, :, block.inputs]) for block in scaled.blocks]
-                   for image in gradients]
-        if not products:
-            return squares, np.zeros(len(scaled.blocks)), np.zeros(layout, np.float32)
-        gradients *= gradients
-        fourths = [_squared(gradients[:, block.groups, :, block.inputs])
-                   for block in scaled.blocks]
-        return squares, np.array(fourths), gradients.sum(axis=0)
+    def by_block(gradient: np.ndarray) -> List[float]:
+        return [_squared(gradient[block.groups, :, block.inputs]) for block in scaled.blocks]
 
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(of_part, range(0, images, part)))
-    total = np.sum([one[2] for one in found], axis=0)
-    fourths = np.sum([one[1] for one in found], axis=0)
-    return Moments(
-        np.array([image for one in found for image in one[0]]),
-        np.array([_between_images(_squared(total[block.groups, :, block.inputs]), fourth, images)
-                  for block, fourth in zip(scaled.blocks, fourths)]))
+    for image in range(images):
+        columns = im2col(bottom[image:image + 1], shape).reshape(groups, -1, top[0, 0].size)
+        errors = top[image].reshape(groups, -1, top[0, 0].size)
+        gradient = np.stack([blas.product(error, column.T)
+                             for error, column in zip(errors, columns)]).reshape(layout)
+        squares[image] = by_block(gradient)
+        if products:
+            gradient *= gradient
+            fourths[image] = by_block(gradient)
+            total += gradient
+    return Moments(squares, _between_images(np.array(by_block(total)), fourths.sum(axis=0), images))
 
 
 def _between_images(of_sum: Any, of_each: Any, images: int) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Se
 from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 
+import blas
 from guarded import replacing
 
 # Layers that feed a net; Input is fed by us, the others feed themselves.
@@ -46,8 +47,10 @@ def import_caffe() -> Any:
     """Return the caffe module, imported without glog's chatter.
 
     The only import that is not at the top of a file: glog reads its level when Caffe is loaded,
-    loading takes half a second, and a command's parent process must not load Caffe at all.
+    BLAS is lent to it before, and a command's parent process must not load Caffe at all.
     """
+    if "caffe" not in sys.modules:
+        blas.lend_to_caffe()
     os.environ.setdefault("GLOG_minloglevel", "2")
     sys.modules.setdefault("caffe.io", _CaffeIo("caffe.io"))
     import caffe

@@ -85,10 +85,9 @@ def set_weights(stop: Stop, session: Session, kind: str, within: bool) -> str:
     groups = layer.parameters.convolution_param.group
     filters = layer.weights.reshape((groups, -1) + layer.weights.shape[1:])
     patches = _patches(stop, session, geometry, groups)
-    with caffe_net.one_blas_thread():
-        for group, seen in zip(filters, patches):
-            made = weights.SCHEMES[kind](seen, len(group), rng, session.crew)
-            group[...] = made.reshape(group.shape)
+    for group, seen in zip(filters, patches):
+        made = weights.SCHEMES[kind](seen, len(group), rng, session.crew)
+        group[...] = made.reshape(group.shape)
     return kind
 
 

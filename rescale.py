@@ -15,7 +15,8 @@ import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-from caffe_net import WorkingNet, address, affine_view, one_blas_thread
+import blas
+from caffe_net import WorkingNet, address, affine_view
 from change_rates import ChangeRates, spread
 from crew import ALONE, Crew
 from scales import Form, ScaleGraph, plus
@@ -57,7 +58,7 @@ def solve(graph: ScaleGraph, rates: ChangeRates, may_divide: Set[str]) -> Soluti
     another layer of `may_divide` gets an auxiliary Power layer behind it (section 3.2), the one
     that helps most.
     """
-    with one_blas_thread():
+    with blas.one_thread():
         return _solved(_Problem(graph, rates), may_divide)
 
 

@@ -35,7 +35,7 @@ setup(
     description="Data-dependent initialization of Caffe networks",
     license="BSD-2-Clause",
     python_requires=">=3.8",
-    py_modules=["magic_init", "weights", "rescale", "change_rates", "scales", "caffe_net",
+    py_modules=["magic_init", "weights", "rescale", "change_rates", "scales", "blas", "caffe_net",
                 "crew", "definitions", "guarded", "results", "report",
                 "session", "argument_types", "trained_weights", "rate_figure", "image_database",
                 "voc", "voc_lmdb"],

@@ -6,7 +6,6 @@ patches of its own part of the images, and all get the filters that all patches 
 
     python -c "import numpy, weights; print(weights.gaussian((2, 3), numpy.random.default_rng(0)))"
 """
-import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
@@ -14,6 +13,7 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 
+import blas
 from caffe_net import Geometry, windows
 from crew import ALONE, Crew
 
@@ -35,11 +35,6 @@ FAINT = 0.1
 # which take nearly three times as long (0.029 of conv3's energy for 0.028, 0.33 s for 0.91 s).
 KMEANS_ITERATIONS = 3
 KMEANS_PARTS = 8
-# Parts that whitening and k-means are split into, for the processes of a crew or else for threads:
-# results do not depend on the number of processors.  BLAS itself is given one thread
-# (`magic_init.set_weights`): its own would go on spinning for a while after each call and take a
-# core from Caffe's next layer.
-THREADS = 2
 # Patches drawn per number in a patch: enough for a covariance that is regularised anyway.
 PATCHES_PER_DIMENSION = 2
 # Patches drawn per filter, as far as all of them hold no more than so many numbers: with a tenth of
@@ -158,14 +153,11 @@ def whitened(patches: np.ndarray, crew: Crew = ALONE) -> Tuple[np.ndarray, np.nd
     contrast = CONTRAST * _mean(variances, crew)
     normal /= np.sqrt(np.maximum(variances + contrast, TINY))[:, None]
     normal -= _mean(normal, crew)
-    threads = _threads(crew)
-    with ThreadPoolExecutor(threads) as pool:
-        covariance = crew.total(functools.reduce(np.add, pool.map(
-            lambda rows: rows.T @ rows, np.array_split(normal, threads))))
+    covariance = crew.total(blas.gram(normal))
     covariance /= sum(crew.gather(len(normal)))
     diagonal = np.einsum("dd->d", covariance)
     np.fill_diagonal(covariance, diagonal + max(REGULARISER * diagonal.mean(), TINY))
-    # symmetric: its transpose lies in memory as LAPACK, which counts columns first, wants it
+    # its transpose, a lower triangle, lies in memory as LAPACK, which counts columns first, wants it
     factor = scipy.linalg.cholesky(covariance.T, lower=True, overwrite_a=True, check_finite=False)
     white = scipy.linalg.blas.strsm(1.0, factor, normal.T, lower=1, overwrite_b=1)
     return white.T, factor
@@ -181,29 +173,20 @@ def spherical_kmeans(white: np.ndarray, count: int, rng: np.random.Generator,
     each other, which may be of one image, go to different parts.
     """
     centroids = _chosen(white, count, rng, crew)
-    threads = _threads(crew)
-    pieces = [np.array_split(white[part::parts], threads) for part in range(parts)]
     sums = np.zeros((parts,) + centroids.shape, np.float32)
     total = np.zeros_like(centroids)
-    with ThreadPoolExecutor(threads) as pool:
-        for step in range(iterations * parts):
-            part = sums[step % parts]
-            total -= part
-            part[...] = crew.total(functools.reduce(np.add, pool.map(
-                _joined, pieces[step % parts], [centroids] * threads)))
-            total += part
-            centroids = _unit_rows(total + centroids)
+    for step in range(iterations * parts):
+        part = sums[step % parts]
+        total -= part
+        part[...] = crew.total(_joined(white[step % parts::parts], centroids))
+        total += part
+        centroids = _unit_rows(total + centroids)
     return centroids
-
-
-def _threads(crew: Crew) -> int:
-    """How many threads each process of a crew splits its work for."""
-    return max(1, THREADS // crew.size)
 
 
 def _joined(patches: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Return X S^T (count, d) of some patches."""
-    products = patches @ centroids.T
+    products = blas.product(patches, centroids.T)
     best = np.abs(products).argmax(axis=1)
     rows = np.arange(len(patches))
     share = scipy.sparse.csr_matrix((products[rows, best], best, np.arange(len(rows) + 1)),
