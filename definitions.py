@@ -43,13 +43,13 @@ class Input(NamedTuple):
     shape: Tuple[int, ...]
 
 
-def import_caffe() -> Any:
-    """Return the caffe module, imported without glog's chatter.
+def import_caffe(own_blas: bool = False) -> Any:
+    """Return the caffe module, imported without glog's chatter; with `own_blas` just as it comes.
 
     The only import that is not at the top of a file: glog reads its level when Caffe is loaded,
     BLAS is lent to it before, and a command's parent process must not load Caffe at all.
     """
-    if "caffe" not in sys.modules:
+    if "caffe" not in sys.modules and not own_blas:
         blas.lend_to_caffe()
     os.environ.setdefault("GLOG_minloglevel", "2")
     sys.modules.setdefault("caffe.io", _CaffeIo("caffe.io"))

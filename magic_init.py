@@ -31,7 +31,7 @@ from change_rates import ChangeRates
 from report import LayerRecord, Result
 from scales import ScaleGraph
 from session import STOPS, Session, in_crew
-from trained_weights import load_weights
+from trained_weights import copy_weights, load_weights
 
 log = logging.getLogger("magic_init")
 
@@ -347,16 +347,16 @@ def rescale_exactly(session: Session, graph: ScaleGraph, solution: rescale.Solut
                 for name in session.working.outputs}
     solution = solution._replace(log_scales=alpha * solution.log_scales)
     rescale.apply_to_weights(graph, solution.log_scales)
-    session.save(output)
     definition = type(session.definition)()
     definition.CopyFrom(session.definition)
     changes = rescale.apply_to_definition(definition, graph, solution)
     rescaled = session.build(definition, session.feed is not None)
-    rescaled.net.copy_from(output)
+    copy_weights(session.working.net, rescaled.net)
     rescaled.replay(held)
     difference = float(np.max(session.crew.gather(rescale.worst_difference(
         expected, {name: rescaled.blob(name).data for name in expected}))))
     after = change_rates.measure(ScaleGraph(rescaled), session.rng, crew=session.crew)
+    session.save(output)
     return Calibration(so_far.before, after, so_far.log_scales + solution.log_scales,
                        so_far.since + solution.log_scales, definition if changes else None,
                        changes, difference)

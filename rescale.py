@@ -56,7 +56,8 @@ def solve(graph: ScaleGraph, rates: ChangeRates, may_divide: Set[str]) -> Soluti
     Minimises the variance of log C_k over layers, plus BLOCK_WEIGHT times that of log C_kj over
     each layer's blocks weighted by their weights.  While layers' rates are not within GOAL,
     another layer of `may_divide` gets an auxiliary Power layer behind it (section 3.2), the one
-    that helps most.
+    that helps most, or the first by name of those that help as much but for a hundredth: which one
+    it is should not hang on noise.
     """
     with blas.one_thread():
         return _solved(_Problem(graph, rates), may_divide)
@@ -68,9 +69,11 @@ def _solved(problem: "_Problem", may_divide: Set[str]) -> Solution:
     while problem.spread(log_scales) > GOAL:
         tried = [(problem.cost(one), name, one) for name in sorted(may_divide - set(auxiliary))
                  for one in [problem.minimise(auxiliary + [name], log_scales, steps=3)]]
-        best = min(tried, key=lambda row: row[:2], default=None)
-        if best is None or best[0] > 0.99 * problem.cost(log_scales):
+        before = problem.cost(log_scales)
+        least = min((cost for cost, _, _ in tried), default=before)
+        if least > 0.99 * before:
             break
+        best = next(row for row in tried if row[0] <= least + 0.01 * (before - least))
         auxiliary.append(best[1])
         log_scales = problem.minimise(auxiliary, best[2])
     return Solution(log_scales, auxiliary)

@@ -133,7 +133,11 @@ def _held(process: Any) -> int:
 
 
 def forward_seconds(net: str, data: str) -> float:
-    """Seconds of one forward of 160 images in batches of 16, once warm; in a child process."""
+    """Seconds of one forward of 160 images in batches of 16, once warm; in a child process.
+
+    Caffe is as it comes: with a BLAS of its own, if it has one.
+    """
+    definitions.import_caffe(own_blas=True)
     working, image = definitions.working_definition(definitions.read_definition(net), 16)
     measured = WorkingNet(working, image)
     rng = np.random.default_rng(0)
