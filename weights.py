@@ -157,7 +157,7 @@ def whitened(patches: np.ndarray, crew: Crew = ALONE) -> Tuple[np.ndarray, np.nd
     covariance /= sum(crew.gather(len(normal)))
     diagonal = np.einsum("dd->d", covariance)
     np.fill_diagonal(covariance, diagonal + max(REGULARISER * diagonal.mean(), TINY))
-    # its transpose, a lower triangle, lies in memory as LAPACK, which counts columns first, wants it
+    # its transpose lies in memory as LAPACK, which counts columns first, wants a lower triangle
     factor = scipy.linalg.cholesky(covariance.T, lower=True, overwrite_a=True, check_finite=False)
     white = scipy.linalg.blas.strsm(1.0, factor, normal.T, lower=1, overwrite_b=1)
     return white.T, factor

@@ -124,11 +124,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(voc_folder, tmp_path, capfd,
 
 
 def test_a_killed_run_leaves_no_database(voc_folder, tmp_path):
-    pipe = os.path.join(voc_folder, "JPEGImages", "000006.jpg")
-    os.remove(pipe)
-    os.mkfifo(pipe)  # reading it waits for ever
     out = tmp_path / "out.lmdb"
-    child = subprocess.Popen([sys.executable, SCRIPT, "--voc", voc_folder, str(out)])
+    never_reads = ("import sys, time, make_voc_lmdb, voc; "
+                   "voc.Voc.read_bytes = lambda *_: time.sleep(600); "
+                   "make_voc_lmdb.main(sys.argv[1:])")
+    child = subprocess.Popen([sys.executable, "-c", never_reads, "--voc", voc_folder, str(out)],
+                             cwd=os.path.dirname(SCRIPT))
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob(".out.lmdb.*.part")) and time.monotonic() < deadline:
         time.sleep(0.05)
