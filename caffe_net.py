@@ -530,7 +530,7 @@ def walk(working: WorkingNet, store: BlobStore, batches: int, stop_types: Sequen
 
 
 def _products(working: WorkingNet, layer: Optional[Layer], load: Callable[[int], None],
-              batches: int) -> Sequence[np.ndarray]:
+              batches: int) -> Any:
     """Return W x + b for all batches but the last, of a fully connected layer with more weights
     than inputs; nothing for other layers.
 

@@ -14,7 +14,6 @@ import types
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
 
 from google.protobuf import text_format
-from google.protobuf.message import DecodeError
 
 import blas
 from guarded import replacing
@@ -109,27 +108,6 @@ def write_definition(definition: Any, path: str, comment: str = "") -> None:
     heading = "".join("# %s\n" % line for line in comment.splitlines())
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(heading + text_format.MessageToString(definition))
-
-
-def read_weights(path: str) -> Dict[str, List[Tuple[int, ...]]]:
-    """Return the shapes of all blobs in a caffemodel, by layer name, as far as a layer has any.
-
-    Raises ValueError naming the file where it is missing, cut short or no caffemodel.
-    """
-    weights = caffe_messages().NetParameter()
-    try:
-        with open(path, "rb") as file:
-            weights.ParseFromString(file.read())
-    except OSError as error:
-        raise ValueError("%s: cannot read the weights (%s)" % (path, error.strerror)) from error
-    except DecodeError as error:
-        raise ValueError("%s: cut short or not a caffemodel" % path) from error
-    layers = list(weights.layer) + [old.layer if old.HasField("layer") else old  # V0 within V1
-                                    for old in weights.layers]
-    if not layers:
-        raise ValueError("%s: not a caffemodel (no layers in it)" % path)
-    return {layer.name: [_blob_shape(blob, path, layer.name) for blob in layer.blobs]
-            for layer in layers if layer.blobs}
 
 
 def upgrade(definition: Any) -> Any:
@@ -514,16 +492,3 @@ def _move_transform(layer: Any) -> None:
             if parameters.HasField(name):
                 setattr(layer.transform_param, name, getattr(parameters, name))
                 parameters.ClearField(name)
-
-
-def _blob_shape(blob: Any, path: str, layer: str) -> Tuple[int, ...]:
-    legacy = any(blob.HasField(name) for name in ("num", "channels", "height", "width"))
-    shape = tuple(blob.shape.dim) if not legacy else (blob.num, blob.channels, blob.height,
-                                                      blob.width)
-    size = 1
-    for length in shape:
-        size *= length
-    if size != len(blob.data) + len(blob.double_data):
-        raise ValueError("%s: layer '%s': %d numbers do not fill the shape %s"
-                         % (path, layer, len(blob.data) + len(blob.double_data), list(shape)))
-    return shape

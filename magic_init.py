@@ -338,8 +338,8 @@ def rescale_exactly(session: Session, graph: ScaleGraph, solution: rescale.Solut
                     so_far: Calibration, alpha: float, output: str) -> Calibration:
     """Give blobs the scales of a solution without changing the function; save the weights.
 
-    Then the changed definition with the saved weights runs beside the old net on images held
-    back, where its rates are measured, too.
+    The outputs on images held back are compared with those before, and rates are measured there,
+    too, in a net of the changed definition where it has to change.
     """
     session.forward(session.check)
     held = session.working.hold()
@@ -350,8 +350,10 @@ def rescale_exactly(session: Session, graph: ScaleGraph, solution: rescale.Solut
     definition = type(session.definition)()
     definition.CopyFrom(session.definition)
     changes = rescale.apply_to_definition(definition, graph, solution)
-    rescaled = session.build(definition, session.feed is not None)
-    copy_weights(session.working.net, rescaled.net)
+    rescaled = session.working
+    if changes:
+        rescaled = session.build(definition, session.feed is not None)
+        copy_weights(session.working.net, rescaled.net)
     rescaled.replay(held)
     difference = float(np.max(session.crew.gather(rescale.worst_difference(
         expected, {name: rescaled.blob(name).data for name in expected}))))

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 import caffe_net
+import caffemodel
 import change_rates
 import crew
 import definitions
@@ -26,7 +27,6 @@ from caffe_net import BlobStore, Statistics, Stop, WorkingNet
 from change_rates import ChangeRates
 from crew import Crew
 from scales import ScaleGraph
-from trained_weights import save_weights
 
 # Layers that the walk stops at: those with weights, and BatchNorm for its statistics.
 STOPS = tuple(sorted(caffe_net.AFFINE)) + ("BatchNorm",)
@@ -96,7 +96,7 @@ class Session:
     def save(self, path: str) -> None:
         """Write the net's weights, which all of the crew hold, once; return when they are there."""
         if self.crew.first:
-            save_weights(self.working.net, self.working.definition, path)
+            caffemodel.write(self.working.net, self.working.definition, path)
         self.crew.gather(None)
 
     def _outputs(self, batch: int) -> Dict[str, Tuple[float, float]]:

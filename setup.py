@@ -36,7 +36,7 @@ setup(
     license="BSD-2-Clause",
     python_requires=">=3.8",
     py_modules=["magic_init", "weights", "rescale", "change_rates", "scales", "blas", "caffe_net",
-                "crew", "definitions", "guarded", "results", "report",
+                "caffemodel", "crew", "definitions", "guarded", "results", "report",
                 "session", "argument_types", "trained_weights", "rate_figure", "image_database",
                 "voc", "voc_lmdb"],
     install_requires=[

@@ -17,6 +17,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tu
 
 import numpy as np
 
+import caffemodel
 import definitions
 import guarded
 from caffe_net import Layer as NetLayer
@@ -500,14 +501,14 @@ def _net(path: str) -> WorkingNet:
 
 def _load(net: WorkingNet, path: str) -> None:
     """Load a caffemodel.  Raises ValueError where a layer of the net has no or other weights."""
-    stored = definitions.read_weights(path)
+    stored = caffemodel.read(path)
     for layer in net.layers:
         if not len(layer.blobs):
             continue
         if layer.name not in stored:
             raise ValueError("%s: no weights for layer '%s' of the foreign definition"
                              % (path, layer.name))
-        sizes = [int(np.prod(shape)) for shape in stored[layer.name]]
+        sizes = [blob.size for blob in stored[layer.name]]
         if sizes != [blob.data.size for blob in layer.blobs]:
             raise ValueError("%s: layer '%s' holds %s, its definition wants %s" % (
                 path, layer.name, [list(shape) for shape in stored[layer.name]],

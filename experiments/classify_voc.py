@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 import argument_types
+import caffemodel
 import definitions
 import guarded
 import image_batches
@@ -76,7 +77,7 @@ def training_plan(arguments: argparse.Namespace, gpu: Optional[int]) -> Plan:
     if arguments.random_from is not None:
         fresh = training_net.layers_from(net, arguments.random_from)
     if weights is not None and arguments.random_from is None \
-            and net.layer in definitions.read_weights(weights):
+            and net.layer in caffemodel.read(weights):
         fresh = []  # trained here: go on with its last layer
     return Plan(
         net=training_net.training_net(net, source), solver=solver_parameters(arguments),

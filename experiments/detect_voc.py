@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 import argument_types
+import caffemodel
 import definitions
 import detection
 import detection_batches
@@ -94,7 +95,7 @@ def _starting_weights(arguments: argparse.Namespace,
                       skeleton: detection_net.Skeleton) -> Optional[str]:
     """The caffemodel to start from, seen to be readable before hours of selective search."""
     if arguments.weights != "none":
-        definitions.read_weights(arguments.weights)
+        caffemodel.read(arguments.weights)
         return str(arguments.weights)
     layer = detection_net.unfilled(skeleton)
     if layer is not None:

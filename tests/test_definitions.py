@@ -1,4 +1,5 @@
 """Every dialect of definition reads as Caffe itself reads it; what cannot be read is one line."""
+import subprocess
 import sys
 
 import pytest
@@ -157,52 +158,6 @@ def test_missing_folder_or_binary_definition_is_one_line(tmp_path):
                           (tmp_path / "binary", "it is not text")):
         with pytest.raises(ValueError) as error:
             definitions.read_definition(str(path))
-        assert str(error.value).startswith(str(path) + ": ")
-        assert message in str(error.value)
-
-
-# ---------------------------------------------------------------------------------------------
-# Weights
-# ---------------------------------------------------------------------------------------------
-
-def write_weights(folder, weights):
-    path = folder / "net.caffemodel"
-    path.write_bytes(weights.SerializeToString())
-    return str(path)
-
-
-def test_weights_of_every_dialect_give_their_shapes(tmp_path):
-    weights = messages().NetParameter()
-    blob = weights.layer.add(name="new").blobs.add(data=[0.0] * 6)
-    blob.shape.dim.extend([2, 3])
-    weights.layer.add(name="relu")
-    assert definitions.read_weights(write_weights(tmp_path, weights)) == {"new": [(2, 3)]}
-    weights = messages().NetParameter()
-    weights.layers.add(name="old").blobs.add(num=2, channels=3, height=1, width=1, data=[0.0] * 6)
-    weights.layers.add().layer.CopyFrom(messages().V0LayerParameter(name="oldest"))
-    weights.layers[1].layer.blobs.add(num=1, channels=1, height=1, width=4,
-                                      double_data=[0.0] * 4)
-    assert definitions.read_weights(write_weights(tmp_path, weights)) == {
-        "old": [(2, 3, 1, 1)], "oldest": [(1, 1, 1, 4)]}
-
-
-def test_truncated_foreign_missing_and_mismatched_weights_are_one_line(tmp_path):
-    weights = messages().NetParameter()
-    blob = weights.layer.add(name="conv").blobs.add(data=[0.5] * 6)
-    blob.shape.dim.extend([2, 4])
-    short = write_weights(tmp_path, weights)
-    with pytest.raises(ValueError, match="layer 'conv': 6 numbers do not fill the shape"):
-        definitions.read_weights(short)
-    whole = weights.SerializeToString()
-    cut, foreign, empty = (tmp_path / name for name in ("cut", "foreign", "empty"))
-    cut.write_bytes(whole[:len(whole) // 2])
-    foreign.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
-    empty.write_bytes(b"")
-    for path, message in ((cut, "cut short"), (foreign, "not a caffemodel"),
-                          (empty, "no layers in it"), (tmp_path / "none", "No such file"),
-                          (tmp_path, "Is a directory")):
-        with pytest.raises(ValueError) as error:
-            definitions.read_weights(str(path))
         assert str(error.value).startswith(str(path) + ": ")
         assert message in str(error.value)
 
@@ -421,3 +376,15 @@ def test_written_definition_reads_back_and_carries_its_comment(tmp_path):
     assert definitions.read_definition(path) == definition
     with open(path) as file:
         assert file.read().startswith("# two\n# lines\n")
+
+
+def test_caffe_is_imported_without_scikit_image_until_its_io_is_used():
+    code = ("import sys, definitions\n"
+            "caffe = definitions.import_caffe()\n"
+            "assert 'skimage' not in sys.modules\n"
+            "import caffe.io\n"
+            "print(caffe.io.datum_to_array(caffe.io.array_to_datum(__import__('numpy').ones("
+            "(1, 2, 2), 'uint8'))).sum())\n"
+            "assert 'skimage' in sys.modules\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("4", 0), done.stderr
