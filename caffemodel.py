@@ -22,7 +22,7 @@ PIECE = 1 << 22
 LAYER, V1_LAYER, V0_LAYER = 100, 2, 1
 NAME, BLOBS = {LAYER: 1, V1_LAYER: 4, V0_LAYER: 1}, {LAYER: 7, V1_LAYER: 6, V0_LAYER: 50}
 DATA, DOUBLE_DATA, SHAPE = 5, 8, 7
-TYPES = {DATA: np.dtype("<f4"), DOUBLE_DATA: np.dtype("<f8")}
+TYPES: Dict[int, Any] = {DATA: np.dtype("<f4"), DOUBLE_DATA: np.dtype("<f8")}
 # How a field is encoded.
 VARINT, EIGHT_BYTES, BYTES, FOUR_BYTES = 0, 1, 2, 5
 

@@ -511,7 +511,7 @@ def _load(net: WorkingNet, path: str) -> None:
         sizes = [blob.size for blob in stored[layer.name]]
         if sizes != [blob.data.size for blob in layer.blobs]:
             raise ValueError("%s: layer '%s' holds %s, its definition wants %s" % (
-                path, layer.name, [list(shape) for shape in stored[layer.name]],
+                path, layer.name, [list(blob.shape) for blob in stored[layer.name]],
                 [list(blob.data.shape) for blob in layer.blobs]))
     net.net.copy_from(path)
 

@@ -5,6 +5,7 @@ import pytest
 from google.protobuf import text_format
 
 import convert_weights
+import caffemodel
 import definitions
 
 NET = """
@@ -205,7 +206,7 @@ def test_layers_without_a_partner_are_dropped_or_left_out(tmp_path):
     _, weights = filled(theirs)
     out = str(tmp_path / "out.caffemodel")
     assert convert_weights.main([theirs, weights, ours, out]) == 0
-    assert sorted(definitions.read_weights(out)) == ["conv1", "conv2"]
+    assert sorted(caffemodel.read(out)) == ["conv1", "conv2"]
 
 
 def test_nets_that_differ_are_refused_unless_forced(tmp_path, capsys):
