@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from google.protobuf import text_format
 
-import convert_weights
 import caffemodel
+import convert_weights
 import definitions
 
 NET = """
