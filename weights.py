@@ -237,9 +237,9 @@ def _spectrum(patches: np.ndarray, crew: Crew) -> Tuple[np.ndarray, np.ndarray]:
     Patches that do not vary at all count as white.
     """
     centred = patches - _mean(patches, crew)
-    covariance = crew.total(centred.T @ centred).astype(np.float64)
+    covariance = crew.total(blas.gram(centred)).astype(np.float64)
     covariance /= sum(crew.gather(len(centred)))
-    values, vectors = np.linalg.eigh(covariance)
+    values, vectors = scipy.linalg.eigh(covariance, lower=False, overwrite_a=True, driver="evd")
     kept = values > 1e-6 * values[-1]
     if values[-1] <= 0:
         return np.ones(len(values)), np.eye(len(values))
