@@ -78,7 +78,7 @@ def set_weights(stop: Stop, session: Session, kind: str, within: bool) -> str:
     geometry = caffe_net.geometry(layer)
     if gaussian or geometry is None or len(geometry.kernel) != 2:
         weights.gaussian(layer.weights.shape, rng, 1.0 if within else UNSCALED_STD,
-                         out=layer.weights)
+                         layer.weights, session.crew)
         if gaussian or layer.type == "InnerProduct":
             return "gaussian"
         return "gaussian (%s is for 2-D convolutions)" % kind

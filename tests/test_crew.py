@@ -163,6 +163,22 @@ def test_patches_of_parts_are_those_of_the_whole():
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
+def draw(own, count):
+    weights.PART = 1000  # of this child's module
+    drawn = np.full(count, np.nan, np.float32)
+    weights.gaussian((count,), np.random.default_rng(3), 2.0, drawn, own)
+    return own.gather(drawn)
+
+
+@pytest.mark.parametrize("count", [700, 5300])
+def test_many_numbers_are_drawn_by_parts_and_all_get_the_same_as_one_alone(count):
+    found = run_together(3, draw, count)
+    alone, = run_together(1, draw, count)
+    assert np.isfinite(alone).all() and alone.std() == pytest.approx(2, rel=0.1)
+    for drawn in found:
+        np.testing.assert_array_equal(drawn, alone)
+
+
 def make_filters(own, kind, count):
     rng = np.random.default_rng(2)
     patches = (rng.standard_normal((90, 6)) @ rng.standard_normal((6, 6)) + 3).astype(np.float32)
