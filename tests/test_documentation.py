@@ -72,7 +72,8 @@ SHORTER = {
 READ_ONLY = {
     "data/fetch.py": "downloads gigabytes",
     "experiments/bench.py": "initialises three nets of full size",
-    "experiments/bench_detection.py": "trains CaffeNet at full size",
+    "experiments/bench_detection.py": "trains CaffeNet at full size; test_bench_detection.py runs "
+                                      "it in small",
     "experiments/detection_demo.py": "searches all images for objects; test_detection_demo.py "
                                      "runs it on some that were searched",
     "experiments/small_curves.py": "trains nine nets; test_curves.py runs it",
