@@ -4,7 +4,8 @@ Protobuf's own reader and writer hold all numbers twice before Caffe has them: 1
 VGG-16.  Here arrays are views of the file's bytes, and bytes go from a net's blobs to the disk.
 All dialects are read: `layer` of today, `layers` of V1 and what V0 put into these.
 
-    python -c "import caffemodel; print(list(caffemodel.read('build/tiny.caffemodel')))"
+    python magic_init.py models/caffenet_tiny/deploy.prototxt new.caffemodel -d 'photos/*' \\
+        --load old.caffemodel
 """
 import mmap
 import os
