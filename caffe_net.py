@@ -530,19 +530,19 @@ def walk(working: WorkingNet, store: BlobStore, batches: int, stop_types: Sequen
 
 
 def _products(working: WorkingNet, layer: Optional[Layer], load: Callable[[int], None],
-              batches: int) -> Any:
+              batches: int) -> np.ndarray:
     """Return W x + b for all batches but the last, of a fully connected layer with more weights
-    than inputs; nothing for other layers.
+    than inputs; an empty array for other layers.
 
     Caffe reads all weights again for every batch, which takes five times as long (CaffeNet's fc6).
     It computes the last batch, whose blobs the net is left to hold.
     """
     if layer is None or layer.type != "InnerProduct":
-        return ()
+        return np.empty(0, np.float32)
     parameters = layer.parameters.inner_product_param
     bottom, top = (working.blob(name).data for name in (layer.bottoms[0], layer.tops[0]))
     if parameters.axis != 1 or layer.weights.size < bottom.size * batches:
-        return ()
+        return np.empty(0, np.float32)
     inputs = np.empty((batches - 1, bottom.size), np.float32)
     for batch, row in enumerate(inputs):
         load(batch)

@@ -1,8 +1,8 @@
 """The caffemodel file: a protobuf NetParameter, read and written without a copy of its numbers.
 
-Protobuf's own reader and writer hold all numbers twice before Caffe has them: 1.1 GB more for
-VGG-16.  Here arrays are views of the file's bytes, and bytes go from a net's blobs to the disk.
-All dialects are read: `layer` of today, `layers` of V1 and what V0 put into these.
+Protobuf's own reader and writer hold all numbers twice before Caffe has them: 465 MB more for the
+244 MB of CaffeNet.  Here arrays are views of the file's bytes, and bytes go from a net's blobs to
+the disk.  All dialects are read: `layer` of today, `layers` of V1 and what V0 put into these.
 
     python magic_init.py models/caffenet_tiny/deploy.prototxt new.caffemodel -d 'photos/*' \\
         --load old.caffemodel

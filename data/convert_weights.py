@@ -22,6 +22,7 @@ import definitions
 import guarded
 from caffe_net import Layer as NetLayer
 from caffe_net import WorkingNet, use_device
+from trained_weights import load_weights
 
 log = logging.getLogger("convert_weights")
 
@@ -501,34 +502,19 @@ def _net(path: str) -> WorkingNet:
 
 def _load(net: WorkingNet, path: str) -> None:
     """Load a caffemodel.  Raises ValueError where a layer of the net has no or other weights."""
-    stored = caffemodel.read(path)
-    for layer in net.layers:
-        if not len(layer.blobs):
-            continue
-        if layer.name not in stored:
-            raise ValueError("%s: no weights for layer '%s' of the foreign definition"
-                             % (path, layer.name))
-        sizes = [blob.size for blob in stored[layer.name]]
-        if sizes != [blob.data.size for blob in layer.blobs]:
-            raise ValueError("%s: layer '%s' holds %s, its definition wants %s" % (
-                path, layer.name, [list(blob.shape) for blob in stored[layer.name]],
-                [list(blob.data.shape) for blob in layer.blobs]))
-    net.net.copy_from(path)
+    left = load_weights(net.net, path)
+    if left:
+        raise ValueError("%s: no weights for layer '%s' of the foreign definition"
+                         % (path, left[0]))
 
 
 def _write(net: WorkingNet, names: Set[str], path: str) -> None:
     """Write the weights of some layers of a net."""
+    kept = definitions.caffe_messages().NetParameter(name=net.definition.name)
+    kept.layer.extend(layer for layer in net.definition.layer
+                      if layer.name in names or layer.name not in net.net.params)
     with guarded.replacing(path) as temporary:
-        net.net.save(temporary)
-        weights = definitions.caffe_messages().NetParameter()
-        with open(temporary, "rb") as file:
-            weights.ParseFromString(file.read())
-        kept = [layer for layer in weights.layer if not layer.blobs or layer.name in names]
-        if len(kept) < len(weights.layer):
-            del weights.layer[:]
-            weights.layer.extend(kept)
-            with open(temporary, "wb") as file:
-                file.write(weights.SerializeToString())
+        caffemodel.write(net.net, kept, temporary)
 
 
 def _described(pair: Pair) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 import argument_types
+import blas
 import guarded
 import neighbour_pages
 import results
@@ -154,7 +155,7 @@ def nearest(queries: np.ndarray, pool: Sequence[np.ndarray], k: int,
     for part in pool:
         rows = max(1, CHUNK_BYTES // (4 * part.shape[1]))
         for first in range(0, len(part), rows):
-            cosine = unit @ _unit(np.asarray(part[first:first + rows], np.float32)).T
+            cosine = blas.product(unit, _unit(np.asarray(part[first:first + rows], np.float32)).T)
             cosine[np.isnan(cosine)] = -np.inf
             for query, row in enumerate(cosine):
                 if excluded is not None:
