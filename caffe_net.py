@@ -97,7 +97,6 @@ class WorkingNet:
         self.outputs = outputs(definition.layer)
         self.layers = self._read_layers()
         self.affine = [layer for layer in self.layers if is_affine(layer)]
-        self._passed_back = False
 
     def _read_layers(self) -> List[Layer]:
         net, own = self.net, list(self.definition.layer)
@@ -120,32 +119,18 @@ class WorkingNet:
     def blob(self, name: str) -> Any:
         return self.net.blobs[name]
 
-    def renewed(self) -> None:
-        """Tell that all blobs are about to be computed again: gradients may be passed back."""
-        self._passed_back = False
-
     def forward(self) -> None:
         """Run the whole net; one with data layers of its own reads its next batch."""
-        self.renewed()
         self.net._forward(0, len(self.layers) - 1)
 
     def compute(self) -> None:
         """Run all layers but those that feed the net, from what these hold."""
-        self.renewed()
         for layer in self.layers:
             if layer.bottoms:
                 self.net._forward(layer.position, layer.position)
 
     def backward(self) -> None:
-        """Pass the gradients that outputs hold back to all weights.
-
-        Scale layers that work in place overwrite the copy of their input in this: a second pass
-        from the same blobs has to compute it again.
-        """
-        if self._passed_back and any(layer.type == "Scale" and layer.bottoms[0] in layer.tops
-                                     for layer in self.layers):
-            self.compute()
-        self._passed_back = True
+        """Pass the gradients that outputs hold back to all weights."""
         self.net._backward(len(self.layers) - 1, 0)
 
     def hold(self) -> Dict[str, np.ndarray]:
@@ -492,7 +477,6 @@ def walk(working: WorkingNet, store: BlobStore, batches: int, stop_types: Sequen
     makes it to its last reader, batch by batch.
     """
     net = working.net
-    working.renewed()
     kept: Set[str] = set()  # what is not, is to be fed
     for segment in segments(working, stop_types):
         def load(batch: int, segment: Segment = segment) -> None:

@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import types
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from google.protobuf import text_format
 
@@ -142,7 +142,8 @@ def working_definition(definition: Any, batch_size: Optional[int]) -> Tuple[Any,
 
     It holds `image_layers`; every output carries loss weight 1, which makes Caffe propagate the
     gradient that we put there; every parameter learns (lr_mult 1), because gradients of fixed
-    layers count too.  With `batch_size`, images are fed through an Input layer in place of the
+    layers count too.  Scale layers do not work in place: going backward, they would overwrite what
+    another pass needs.  With `batch_size`, images are fed through an Input layer in place of the
     net's own data layers; without, the net feeds itself and the second value is None.
     Raises ValueError as `image_layers` does.
     """
@@ -154,10 +155,47 @@ def working_definition(definition: Any, batch_size: Optional[int]) -> Tuple[Any,
     working.layer.extend(layers)
     for layer in working.layer:
         _plain(layer)
+    _scale_apart(working.layer)
+    if image is not None:
+        image = image._replace(blob=working.layer[0].top[0])
     for name in outputs(working.layer):
         writer = [layer for layer in working.layer if name in layer.top][-1]
         writer.loss_weight[:] = [float(top == name) for top in writer.top]
     return working, image
+
+
+def _scale_apart(layers: Sequence[Any]) -> None:
+    """Let Scale layers that work in place read a blob of their own; what they write keeps its name.
+    """
+    taken = blob_and_layer_names(layers)
+    for position, layer in enumerate(layers):
+        if layer.type == "Scale" and layer.bottom[0] in layer.top:
+            below = unused(layer.bottom[0] + "_unscaled", taken)
+            rename_blob(layers[:position], layer.bottom[0], below)
+            layer.bottom[0] = below
+
+
+def rename_blob(layers: Iterable[Any], old: str, new: str) -> None:
+    """Give a blob another name in all layers that read or write it."""
+    for layer in layers:
+        for names in (layer.bottom, layer.top):
+            names[:] = [new if name == old else name for name in names]
+
+
+def blob_and_layer_names(layers: Iterable[Any]) -> Set[str]:
+    """Return the names of layers and blobs."""
+    return {name for layer in layers for name in (layer.name, *layer.bottom, *layer.top)}
+
+
+def unused(name: str, taken: Set[str]) -> str:
+    """Return a name that is not taken, `name` or with a number behind it; now it is."""
+    number = 0
+    free = name
+    while free in taken:
+        number += 1
+        free = "%s_%d" % (name, number)
+    taken.add(free)
+    return free
 
 
 def spare_weight_gradients(definition: Any, spared: Callable[[Any], bool]) -> None:

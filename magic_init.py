@@ -402,6 +402,7 @@ def work_together(session: Session, arguments: argparse.Namespace, output: str) 
     found = between_layers(session, arguments, loaded, output)
     session.lap("between layers")
     graph = ScaleGraph(working)
+    _check_gradients(graph, found.before)
     notes += ["layer type %s is not in the table of scales: its blobs keep theirs" % kind
               for kind in sorted(set(graph.unknown_types))]
     names = [scaled.layer.name for scaled in graph.owners()]
@@ -413,6 +414,14 @@ def work_together(session: Session, arguments: argparse.Namespace, output: str) 
                       found.definition),
                   found.difference, session.seconds,
                   results.provenance(arguments.seed, arguments.argv))
+
+
+def _check_gradients(graph: ScaleGraph, rates: ChangeRates) -> None:
+    names = [scaled.layer.name for scaled, rate in zip(graph.owners(), rates.by_layer())
+             if rate == 0]
+    if names:
+        log.warning("the weights of %s get no gradient: rates of 0 do not count",
+                    ", ".join("layer '%s'" % name for name in names))
 
 
 def _filler_notes(layer: Layer, fresh: Set[str]) -> List[str]:

@@ -16,6 +16,7 @@ import scipy.linalg
 import scipy.optimize
 
 import blas
+import definitions
 from caffe_net import WorkingNet, address, affine_view
 from change_rates import ChangeRates, spread
 from crew import ALONE, Crew
@@ -318,14 +319,13 @@ def _add_power(definition: Any, name: str, scale: float) -> List[str]:
     """Put a Power layer behind the layer `name`; its tops keep their names above it."""
     layers = list(definition.layer)
     position = next(number for number, layer in enumerate(layers) if layer.name == name)
-    taken = {one for layer in layers for one in (layer.name, *layer.bottom, *layer.top)}
+    taken = definitions.blob_and_layer_names(layers)
     powers = []
     for top in list(layers[position].top):
-        below = _unused(top + "_unscaled", taken)
-        for layer in layers[:position + 1]:  # in-place layers share the blob's name
-            for names in (layer.bottom, layer.top):
-                names[:] = [below if one == top else one for one in names]
-        power = type(layers[position])(name=_unused(name + "_rescale", taken), type="Power",
+        below = definitions.unused(top + "_unscaled", taken)
+        definitions.rename_blob(layers[:position + 1], top, below)  # in-place layers share it
+        power = type(layers[position])(name=definitions.unused(name + "_rescale", taken),
+                                       type="Power",
                                        bottom=[below], top=[top])
         power.power_param.scale = scale
         powers.append(power)
@@ -336,17 +336,6 @@ def _add_power(definition: Any, name: str, scale: float) -> List[str]:
     return ["layer '%s': new Power layer '%s' behind it multiplies by %.6g, so that its weights "
             "can have the scale that gives them their rate" % (name, power.name, scale)
             for power in powers]
-
-
-def _unused(name: str, taken: Set[str]) -> str:
-    """A name that is not taken, `name` or with a number behind it; now it is."""
-    number = 0
-    free = name
-    while free in taken:
-        number += 1
-        free = "%s_%d" % (name, number)
-    taken.add(free)
-    return free
 
 
 def worst_difference(expected: Dict[str, np.ndarray], found: Dict[str, np.ndarray]) -> float:

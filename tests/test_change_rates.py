@@ -369,7 +369,8 @@ def test_closed_form_rates_are_those_of_the_rescaled_net_with_the_same_losses(te
         np.testing.assert_allclose(foretold.variation(), found.variation(), rtol=5e-3)
 
 
-def test_known_shares_of_outputs_stand_for_passes_of_their_own():
+def test_known_shares_of_outputs_stand_for_passes_of_their_own(monkeypatch):
+    monkeypatch.setattr(change_rates, "LOSSES", 2000)
     working = working_net(DATA + TWO_OUTPUTS, IMAGES)
     graph = ScaleGraph(working, free_outputs=True)
     run(working, np.random.default_rng(1).standard_normal((IMAGES, 3, SIZE, SIZE)))

@@ -227,6 +227,23 @@ def test_in_place_layers_do_not_read_away_an_output(tmp_path):
     assert sorted(in_child(outputs_of_net, str(working))) == ["b", "pool"]
 
 
+def test_scale_layers_in_place_read_a_blob_of_their_own_and_what_others_read_keeps_its_name(
+        tmp_path):
+    one = 'layer { name: "%s" type: "%s" bottom: "%s" top: "%s" }'
+    definition = read(tmp_path, INPUT, one % ("s", "Scale", "data", "data"),
+                      CONV % ("a", "data", "a"), one % ("n", "BatchNorm", "a", "a"),
+                      one % ("s1", "Scale", "a", "a"), one % ("relu", "ReLU", "a", "a"),
+                      one % ("s2", "Scale", "a", "a"), one % ("s3", "Scale", "a", "b"))
+    working, image = definitions.working_definition(definition, 2)
+    assert image == ("data_unscaled", (2, 3, 8, 8))
+    assert [(layer.name, list(layer.bottom), list(layer.top)) for layer in working.layer] == [
+        ("data", [], ["data_unscaled"]), ("s", ["data_unscaled"], ["data"]),
+        ("a", ["data"], ["a_unscaled"]), ("n", ["a_unscaled"], ["a_unscaled"]),
+        ("s1", ["a_unscaled"], ["a_unscaled_1"]), ("relu", ["a_unscaled_1"], ["a_unscaled_1"]),
+        ("s2", ["a_unscaled_1"], ["a"]), ("s3", ["a"], ["b"])]
+    assert in_child(outputs_of_net, str(working)) == ["b"]
+
+
 def outputs_of_net(text):
     return list(definitions.build(parsed(text)).outputs)
 
