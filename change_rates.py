@@ -14,6 +14,7 @@ spared that work (`definitions.spare_weight_gradients`).
 from typing import Any, List, NamedTuple, Optional, Sequence
 
 import numpy as np
+import scipy.special
 
 import blas
 from caffe_net import (
@@ -120,6 +121,20 @@ class ChangeRates:
             return 0.0
         relative -= relative.mean(axis=1, keepdims=True)
         return float(relative.std(axis=0, ddof=1).max() / np.sqrt(len(images))) / 2
+
+    def noise(self) -> float:
+        """Return the log of the spread that rates of equal layers have by measurement error alone.
+
+        It is the expected range of as many normal numbers as there are layers (Blom 1958), of
+        standard deviation `uncertainty`.
+        """
+        layers = max(int(self.live_layers().sum()), 2)
+        return float(2 * scipy.special.ndtri((layers - 0.375) / (layers + 0.25))) \
+            * self.uncertainty()
+
+    def live_layers(self) -> np.ndarray:
+        """Whether layers have any gradient (layers,)."""
+        return self.sum(self._squares()) > 0
 
     def _by_image(self) -> np.ndarray:
         """Sums of g^2 (images, layers)."""

@@ -465,6 +465,22 @@ def test_uncertainty_is_that_of_layers_against_each_other():
     np.testing.assert_allclose(apart.uncertainty(), 0.25)
 
 
+@pytest.mark.parametrize("layers", [2, 8, 64])
+def test_noise_is_the_spread_that_errors_alone_are_expected_to_make(layers):
+    rng = np.random.default_rng(0)
+    gradients = rng.uniform(1, 2, (10, 1, layers))
+    dead = np.zeros((10, 1, 3))  # layers without gradients do not count
+    rates = ChangeRates(np.arange(layers + 3), np.ones(layers + 3, int), np.ones(layers + 3),
+                        np.concatenate([gradients, dead], axis=2), np.ones((1, layers + 3)))
+    errors = rates.uncertainty() * rng.standard_normal((20000, layers))
+    np.testing.assert_allclose(rates.noise(), np.ptp(errors, axis=1).mean(), rtol=0.05)
+
+
+def test_noise_of_a_single_image_is_not_known_to_be_small():
+    rates = by_hand()._changed(by_hand().weights, by_hand().gradients[:1])
+    assert rates.noise() == np.inf
+
+
 def test_spread_counts_rates_that_are_there():
     assert spread(np.array([1.0, 4.0, 2.0, 0.0, np.nan, np.inf])) == 4
     assert spread(np.array([np.nan, 0.0])) == 1
