@@ -28,9 +28,11 @@ from caffe_net import (
 from crew import ALONE, Crew
 from scales import AffineScales, ScaleGraph
 
-# Random numbers eta that a measurement draws at least.  With 2,000, small nets take two to five
-# times as long, and their rates on other photographs lie no nearer to each other but for noise.
-LOSSES = 500
+# Random numbers eta that a measurement draws at least, and one of those that follow each other from
+# scratch: small nets take a half to a fifth of the time for it, and their rates on other
+# photographs lie as near to each other but for noise.
+LOSSES = 2000
+LOSSES_OF_A_STEP = 500
 
 
 class ChangeRates:
@@ -167,18 +169,19 @@ def spread(rates: np.ndarray) -> float:
 # ---------------------------------------------------------------------------------------------
 
 def measure(graph: ScaleGraph, rng: np.random.Generator,
-            known: Optional[ChangeRates] = None, crew: Crew = ALONE) -> ChangeRates:
+            known: Optional[ChangeRates] = None, crew: Crew = ALONE,
+            losses: int = LOSSES) -> ChangeRates:
     """Run backward passes from what the net's blobs hold and return the change rates.
 
     Every image gets its own random loss eta ~ N(0, I) at every output.  Where outputs are few, the
-    mean over several passes is taken, until LOSSES random numbers were drawn.  Outputs that may
+    mean over several passes is taken, until `losses` random numbers were drawn.  Outputs that may
     be rescaled get passes of their own.  With `known` rates of the net as it is, from other
     images, the outputs' shares and the variation within pairs are taken from there.  The images
     of a crew are those of all its processes, which get the same rates.
     """
     working = graph.working
     size = sum(working.blob(name).data.size for name in working.outputs) * crew.size
-    passes = range(-(-LOSSES // size))
+    passes = range(-(-losses // size))
     found = mean_moments([_one_pass(graph, working.outputs, rng, known is None, crew)
                           for _ in passes])
     gradients, products = found.squares[:, None], found.products[None]

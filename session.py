@@ -104,8 +104,8 @@ class Session:
         walk = caffe_net.walk(self.working, BlobStore(np.inf), 1, STOPS, lambda _: self.put(batch))
         return {stop.layer.name: self.joined(stop)[0].overall() for stop in walk if stop.statistics}
 
-    def measure(self, graph: ScaleGraph, turn: int,
-                known: Optional[ChangeRates] = None) -> ChangeRates:
+    def measure(self, graph: ScaleGraph, turn: int, known: Optional[ChangeRates] = None,
+                losses: int = change_rates.LOSSES) -> ChangeRates:
         """Return the change rates on one of `measured`, at turn -1 on the last, that the net holds.
 
         Squared gradients go with the energy E[z^2] of their layer's input (equation 4), which the
@@ -116,7 +116,7 @@ class Session:
             self.seen = self._outputs(batch)
         elif turn >= 0:
             self.forward(batch)
-        rates = change_rates.measure(graph, self.rng, known, self.crew)
+        rates = change_rates.measure(graph, self.rng, known, self.crew, losses)
         if self.feed is None and turn >= 0:
             return rates  # images that the walk has not seen
         energies = [self.energy[scaled.layer.name] for scaled in graph.owners()]

@@ -224,8 +224,7 @@ def test_im2col_holds_what_the_kernel_sees(shape, geometry):
     layer("top", "Reshape", "conv", "", "reshape_param { shape { dim: -1 dim: 2 dim: 2 dim: 2 } }")
     + layer("relu", "ReLU", "top", "top"),
 ], ids=["plain", "channels folded into the batch"])
-def test_rates_are_equation_1_by_finite_differences(monkeypatch, between):
-    monkeypatch.setattr(change_rates, "LOSSES", 30000)
+def test_rates_are_equation_1_by_finite_differences(between):
     text = DATA + layer("conv", "Convolution", "data", "", CONV % "kernel_size: 3 stride: 2") \
         + between + layer("fc", "InnerProduct", "top", "", FC % "")
     working = working_net(text, IMAGES)
@@ -237,7 +236,7 @@ def test_rates_are_equation_1_by_finite_differences(monkeypatch, between):
                       for number in range(one.weights.size))
         expected.append(np.sqrt(squares / IMAGES / (one.weights.astype(np.float64) ** 2).sum()))
     working.forward()
-    rates = change_rates.measure(ScaleGraph(working), np.random.default_rng(3))
+    rates = change_rates.measure(ScaleGraph(working), np.random.default_rng(3), losses=30000)
     np.testing.assert_allclose(rates.by_layer(), expected, rtol=0.02)
 
 
@@ -264,11 +263,10 @@ def linear_net(images):
     return working, [one.weights.astype(np.float64) for one in working.affine]
 
 
-def test_a_linear_net_has_the_closed_form(monkeypatch):
-    monkeypatch.setattr(change_rates, "LOSSES", 40000)
+def test_a_linear_net_has_the_closed_form():
     x = np.random.default_rng(8).standard_normal((6, 3)) * [1, 2, 4]
     working, (w1, w2) = linear_net(x)
-    rates = change_rates.measure(ScaleGraph(working), np.random.default_rng(9))
+    rates = change_rates.measure(ScaleGraph(working), np.random.default_rng(9), losses=40000)
     # dz_o / dW1_ij = W2_oi x_j, dz_o / dW2_oi = (W1 x)_i
     first = (w2 ** 2).sum() * (x ** 2).sum(axis=1).mean() / (w1 ** 2).sum()
     second = 2 * ((x @ w1.T) ** 2).sum(axis=1).mean() / (w2 ** 2).sum()
@@ -369,8 +367,7 @@ def test_closed_form_rates_are_those_of_the_rescaled_net_with_the_same_losses(te
         np.testing.assert_allclose(foretold.variation(), found.variation(), rtol=5e-3)
 
 
-def test_known_shares_of_outputs_stand_for_passes_of_their_own(monkeypatch):
-    monkeypatch.setattr(change_rates, "LOSSES", 2000)
+def test_known_shares_of_outputs_stand_for_passes_of_their_own():
     working = working_net(DATA + TWO_OUTPUTS, IMAGES)
     graph = ScaleGraph(working, free_outputs=True)
     run(working, np.random.default_rng(1).standard_normal((IMAGES, 3, SIZE, SIZE)))
