@@ -28,9 +28,9 @@ from caffe_net import (
 from crew import ALONE, Crew
 from scales import AffineScales, ScaleGraph
 
-# Random numbers eta that a measurement draws at least, and one of those that follow each other from
-# scratch: small nets take a half to a fifth of the time for it, and their rates on other
-# photographs lie as near to each other but for noise.
+# Random numbers eta that a measurement draws at least, and one of those that follow the first from
+# scratch: small nets take less time for it, and their rates on other photographs lie as near to
+# each other but for noise.
 LOSSES = 2000
 LOSSES_OF_A_STEP = 500
 

@@ -295,8 +295,7 @@ def measure_in_turns(session: Session, graph: ScaleGraph,
     before counts on, in closed form.  Ends when all layers' rates are within EQUAL or behind such
     a step (but for the first).  Returns also the graph of the last step.
     """
-    losses = change_rates.LOSSES_OF_A_STEP
-    before = measured = session.measure(graph, -1, losses=losses)
+    before = measured = session.measure(graph, -1)
     total = since = np.zeros(graph.variables)
     with session.bar("between layers", arguments.iterations) as bar:
         for turn in range(arguments.iterations):
@@ -310,7 +309,8 @@ def measure_in_turns(session: Session, graph: ScaleGraph,
             settled = arguments.alpha * step.at_response < SMALL
             if turn and settled and arguments.alpha == 1 and measured.noise() < NOISE:
                 break
-            another = session.measure(graph, turn, measured, losses)
+            another = session.measure(graph, turn, measured,
+                                      change_rates.LOSSES_OF_A_STEP)
             since = np.zeros(graph.variables)
             measured = measured.joined(another) if settled else another
             if change_rates.spread(measured.by_layer()) < EQUAL:
