@@ -309,8 +309,7 @@ def measure_in_turns(session: Session, graph: ScaleGraph,
             settled = arguments.alpha * step.at_response < SMALL
             if turn and settled and arguments.alpha == 1 and measured.noise() < NOISE:
                 break
-            another = session.measure(graph, turn, measured,
-                                      change_rates.LOSSES_OF_A_STEP)
+            another = session.measure(graph, turn, measured, change_rates.LOSSES_OF_A_STEP)
             since = np.zeros(graph.variables)
             measured = measured.joined(another) if settled else another
             if change_rates.spread(measured.by_layer()) < EQUAL:
@@ -417,6 +416,7 @@ def work_together(session: Session, arguments: argparse.Namespace, output: str) 
 
 
 def _check_gradients(graph: ScaleGraph, rates: ChangeRates) -> None:
+    """Warn of layers whose weights get no gradient."""
     names = [scaled.layer.name for scaled, rate in zip(graph.owners(), rates.by_layer())
              if rate == 0]
     if names:

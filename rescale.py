@@ -325,8 +325,7 @@ def _add_power(definition: Any, name: str, scale: float) -> List[str]:
         below = definitions.unused(top + "_unscaled", taken)
         definitions.rename_blob(layers[:position + 1], top, below)  # in-place layers share it
         power = type(layers[position])(name=definitions.unused(name + "_rescale", taken),
-                                       type="Power",
-                                       bottom=[below], top=[top])
+                                       type="Power", bottom=[below], top=[top])
         power.power_param.scale = scale
         powers.append(power)
     changed = layers[:position + 1] + powers + layers[position + 1:]
