@@ -69,7 +69,6 @@ class ScaleGraph:
         self.affine: List[AffineScales] = []
         self.adjusted: Dict[str, Form] = {}
         self.unknown_types: List[str] = []
-        self.pinned_by: Dict[int, str] = {}
         self.blobs: Dict[str, Blocks] = {}
         for layer in working.layers:
             self._add(layer)
@@ -77,7 +76,7 @@ class ScaleGraph:
             if free_outputs and name != working.outputs[-1]:
                 self.unify(self.blobs[name])
             else:
-                self.pin(self.blobs[name], "the output '%s'" % name)
+                self.pin(self.blobs[name])
         self._tie_shared_weights()
 
     def _add(self, layer: Layer) -> None:
@@ -111,12 +110,10 @@ class ScaleGraph:
         if difference:
             self.equations.append(difference)
 
-    def pin(self, blocks: Blocks, why: str) -> None:
+    def pin(self, blocks: Blocks) -> None:
         """Demand that a blob keeps its scale, 1."""
         for _, form in blocks:
             self.equal(form, {})
-            for variable in form:
-                self.pinned_by.setdefault(variable, why)
 
     def unify(self, blocks: Blocks) -> Form:
         """Demand one scale for all channels of a blob and return it."""
@@ -167,7 +164,7 @@ def whole(graph: ScaleGraph, layer: Layer, form: Form) -> List[Blocks]:
 def fixed(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> List[Blocks]:
     """Not homogeneous, or not in the table: bottoms and tops keep their scale, 1."""
     for blocks in bottoms:
-        graph.pin(blocks, "layer '%s' (%s)" % (layer.name, layer.type))
+        graph.pin(blocks)
     return whole(graph, layer, {})
 
 
@@ -189,7 +186,7 @@ def absorbed(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> List[Blo
 
 def selected(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> List[Blocks]:
     """Images chosen or reordered by a last bottom, which keeps its scale (Filter, BatchReindex)."""
-    graph.pin(bottoms[-1], "layer '%s' (%s)" % (layer.name, layer.type))
+    graph.pin(bottoms[-1])
     return [list(blocks) for blocks in bottoms[:len(layer.tops)]]
 
 
@@ -224,7 +221,7 @@ def affine(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> List[Block
 
 def embedded(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> List[Blocks]:
     """Embed: an affine layer on indices, which keep their scale."""
-    graph.pin(bottoms[0], "layer '%s' (%s)" % (layer.name, layer.type))
+    graph.pin(bottoms[0])
     return _affine(graph, layer, [WeightBlock(slice(None), slice(None), {})], 1)
 
 
