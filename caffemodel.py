@@ -7,6 +7,7 @@ the disk.  All dialects are read: `layer` of today, `layers` of V1 and what V0 p
     python magic_init.py models/caffenet_tiny/deploy.prototxt new.caffemodel -d 'photos/*' \\
         --load old.caffemodel
 """
+import math
 import mmap
 import os
 from typing import Any, Dict, Iterator, List, Tuple
@@ -129,7 +130,7 @@ def _array(content: memoryview, path: str, layer: str) -> np.ndarray:
     legacy = any(blob.HasField(name) for name in ("num", "channels", "height", "width"))
     shape = (blob.num, blob.channels, blob.height, blob.width) if legacy else blob.shape.dim
     numbers = parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.float32)])
-    if int(np.prod(shape, dtype=object)) != numbers.size:
+    if math.prod(shape) != numbers.size:
         raise ValueError("%s: layer '%s': %d numbers do not fill the shape %s"
                          % (path, layer, numbers.size, list(shape)))
     return numbers.reshape(shape)
