@@ -84,20 +84,5 @@ def write_mean(mean: np.ndarray, path: str) -> None:
         file.write(blob.SerializeToString())
 
 
-def read_mean(path: str) -> np.ndarray:
-    """Return the mean image (channels, height, width) in a file that Caffe or `write_mean` wrote.
-
-    Raises ValueError naming the file where it holds something else.
-    """
-    blob = caffe_messages().BlobProto()
-    try:
-        with open(path, "rb") as file:
-            blob.ParseFromString(file.read())
-        shape = tuple(blob.shape.dim) or (blob.num, blob.channels, blob.height, blob.width)
-        return np.array(blob.data, np.float32).reshape(shape[-3:])
-    except Exception as error:  # protobuf's DecodeError is no ValueError
-        raise ValueError("%s: not a mean image (%s)" % (path, error)) from error
-
-
 if __name__ == "__main__":
     raise SystemExit(main())

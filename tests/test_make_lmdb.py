@@ -199,7 +199,9 @@ def test_the_mean_image_is_the_mean_and_caffe_subtracts_it(images):
     assert run(images, "a.lmdb", "--resize", "8") == 0
     assert image_mean.main([str(images / "a.lmdb"), str(images / "mean.binaryproto")]) == 0
     pixels = np.array([pixels for pixels, _ in read(images, "a.lmdb")], np.float64)
-    mean = image_mean.read_mean(str(images / "mean.binaryproto"))
+    blob = definitions.caffe_messages().BlobProto.FromString(
+        (images / "mean.binaryproto").read_bytes())
+    mean = np.reshape(blob.data, (blob.channels, blob.height, blob.width))
     np.testing.assert_array_equal(mean, pixels.mean(axis=0).astype(np.float32))
     rest = guarded.in_child(_minus_mean, str(images / "a.lmdb"), str(images / "mean.binaryproto"))
     np.testing.assert_allclose(rest, pixels[:4] - mean, atol=1e-4)
