@@ -73,7 +73,7 @@ def spread_of(definition, caffemodel, inputs):
             blob.data[...] = values
     working.blob("data").data[...] = inputs
     working.forward()
-    rates = change_rates.measure(ScaleGraph(working), np.random.default_rng(77))
+    rates = change_rates.measure(ScaleGraph(working), np.random.default_rng(77), losses=20000)
     return change_rates.spread(rates.by_layer())
 
 
