@@ -11,7 +11,7 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do \
 EXTRAS ?= cpu,dev
 RUN = .venv/bin/python
 
-.PHONY: venv test lint demo bench study workflow clean
+.PHONY: venv test lint oldest demo bench study workflow clean
 
 venv: .venv/installed
 
@@ -30,6 +30,13 @@ test: venv
 lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+# all tests with the oldest packages that setup.py allows
+oldest: venv
+	$(RUN) -m venv --clear build/oldest
+	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c tests/oldest.txt -e '.[$(EXTRAS)]'
+	build/oldest/bin/python -m pytest -q tests
 
 demo: venv
 	$(RUN) data/photographs.py build/photographs
