@@ -18,7 +18,8 @@ DEVELOPMENT = [
 ]
 EXPERIMENTS = [
     "scikit-learn>=1.0,<1.7",
-    "lmdb>=1.2,<4",
+    "lmdb>=1.2,<2; python_version < '3.9'",  # what pip builds of later ones does not load there
+    "lmdb>=1.2,<4; python_version >= '3.9'",
     "pooch>=1.6,<2",
     "requests>=2.20,<3",
     "numba>=0.53,<0.61",
