@@ -67,11 +67,11 @@ def collect(voc: Voc, images: Sequence[str], proposals: Sequence[np.ndarray]) ->
     an object that is not difficult.
     """
     kept = []
-    for image, found in zip(images, proposals):
+    for image, proposed in zip(images, proposals):
         annotated = voc.objects(image)
-        check_inside(found, annotated.width, annotated.height, image)
+        check_inside(proposed, annotated.width, annotated.height, image)
         if not annotated.difficult.all():
-            kept.append((voc.image_path(image), annotated, found))
+            kept.append((voc.image_path(image), annotated, proposed))
     if not kept:
         raise ValueError("%s: none of the %d images has an object that is not difficult"
                          % (voc.root, len(images)))
