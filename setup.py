@@ -9,6 +9,7 @@ CAFFE_CPU = [
 ]
 DEVELOPMENT = [
     "pytest>=7,<9",
+    "pytest-xdist>=3,<4",
     "ruff>=0.4,<0.18",
     "mypy>=1.4,<1.20",
     "scikit-image>=0.19,<0.25",  # ships the photographs of `make demo` and of the tests
