@@ -72,9 +72,9 @@ class ChangeRates:
 
     def products_at(self, gradients: np.ndarray) -> np.ndarray:
         """Return `products` of other squared gradients that vary as much within each pair."""
-        before, after = self._squares(), gradients.mean(axis=0).sum(axis=0)
-        ratio = np.divide(after, before, out=np.zeros_like(after), where=before > 0)
-        return self.products * ratio ** 2
+        before, after = (_mean_products(one.sum(axis=1)) for one in (self.gradients, gradients))
+        return self.products * np.divide(after, before, out=np.zeros_like(after),
+                                         where=before > 0)
 
     def joined(self, other: "ChangeRates") -> "ChangeRates":
         """These rates with the images of `other`, measured at the same scales."""
@@ -101,13 +101,9 @@ class ChangeRates:
         """
         size = self.sum(self.size.astype(np.float64))
         fourth = self.sum(self.products.mean(axis=0)) / size
-        images = len(self.gradients)
-        means = self._by_image() / size
-        second = np.square(means.sum(axis=0))
-        if images > 1:
-            second = (second - np.square(means).sum(axis=0)) * (images / (images - 1))
+        second = _mean_products(self._by_image() / size)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.sqrt(np.maximum(fourth / (second / images ** 2) - 1, 0))
+            return np.sqrt(np.maximum(fourth / second - 1, 0))
 
     def uncertainty(self) -> float:
         """Return the largest standard error, over images, of the layers' log rates.
@@ -152,6 +148,16 @@ class ChangeRates:
     def _squares(self) -> np.ndarray:
         """Sums over weights of E[g^2] (pairs,)."""
         return self.gradients.mean(axis=0).sum(axis=0)
+
+
+def _mean_products(squares: np.ndarray) -> np.ndarray:
+    """Return the mean of s_n s_m over different images n and m of squares s (images, ...), which
+    estimates E[s]^2 without bias; s^2 of a single image.
+    """
+    images = len(squares)
+    if images == 1:
+        return squares[0] ** 2
+    return (squares.sum(axis=0) ** 2 - (squares ** 2).sum(axis=0)) / (images * (images - 1))
 
 
 def spread(rates: np.ndarray) -> float:

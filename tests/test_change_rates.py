@@ -451,6 +451,23 @@ def test_weighted_joined_and_rescaled_rates_by_hand():
     np.testing.assert_allclose(rates.rescaled(np.zeros(3), np.log([3.0])).by_layer(), [6, 1.5])
 
 
+def test_variation_stays_what_it_was_measured_to_be_on_whatever_images_follow():
+    rng = np.random.default_rng(3)
+    layer, size = np.arange(3), np.full(3, 50)
+    known = rng.uniform(0.1, 9, (16, 1, 3))
+    # of weights whose squares are x: mean x^2 over (mean x)^2 is 1 + variation^2
+    pairs = [known[n, 0] * known[m, 0] for n in range(16) for m in range(16) if n != m]
+    products = np.array([[1.01, 1.25, 5.0]]) / 50 * np.mean(pairs, axis=0)
+    first = ChangeRates(layer, size, np.ones(3), known, products)
+    np.testing.assert_allclose(first.variation(), [0.1, 0.5, 2.0])
+    others = rng.uniform(0.1, 9, (5, 1, 3))
+    second = ChangeRates(layer, size, np.ones(3), others, first.products_at(others))
+    np.testing.assert_allclose(second.variation(), [0.1, 0.5, 2.0])
+    np.testing.assert_allclose(first.joined(second).variation(), [0.1, 0.5, 2.0])
+    single = ChangeRates(layer, size, np.ones(3), others[:1], first.products_at(others[:1]))
+    np.testing.assert_allclose(single.variation(), [0.1, 0.5, 2.0])
+
+
 def test_uncertainty_is_that_of_layers_against_each_other():
     gradients = np.array([[[1.0, 1.0]], [[3.0, 3.0]]])
     common = ChangeRates(np.array([0, 1]), np.ones(2, int), np.ones(2), gradients,
