@@ -150,16 +150,6 @@ class ChangeRates:
         return self.gradients.mean(axis=0).sum(axis=0)
 
 
-def _mean_products(squares: np.ndarray) -> np.ndarray:
-    """Return the mean of s_n s_m over different images n and m of squares s (images, ...), which
-    estimates E[s]^2 without bias; s^2 of a single image.
-    """
-    images = len(squares)
-    if images == 1:
-        return squares[0] ** 2
-    return (squares.sum(axis=0) ** 2 - (squares ** 2).sum(axis=0)) / (images * (images - 1))
-
-
 def spread(rates: np.ndarray) -> float:
     """Return max / min of the rates that are positive and finite, 1 where there are none."""
     live = rates[np.isfinite(rates) & (rates > 0)]
@@ -228,14 +218,18 @@ def joined_moments(parts: Sequence[Moments]) -> Moments:
     if len(parts) == 1:
         return parts[0]
     squares = np.concatenate([part.squares for part in parts])
-    known = sum(_products_of_sums(part.squares) for part in parts)
+    known = sum(_mean_products(part.squares) for part in parts)
     products = sum(part.products for part in parts)
     ratio = np.divide(products, known, out=np.zeros_like(products), where=known > 0)
-    return Moments(squares, ratio * _products_of_sums(squares))
+    return Moments(squares, ratio * _mean_products(squares))
 
 
-def _products_of_sums(squares: np.ndarray) -> np.ndarray:
-    """The means of s_n s_m over n != m of sums of squares s (images, blocks)."""
+def _mean_products(squares: np.ndarray) -> np.ndarray:
+    """The means of s_n s_m over n != m of sums of squares s (images, ...), which estimate E[s]^2
+    without bias; s^2 of a single image.
+    """
+    if len(squares) == 1:
+        return squares[0] ** 2
     return _between_images(squares.sum(axis=0) ** 2, (squares ** 2).sum(axis=0), len(squares))
 
 
