@@ -12,7 +12,7 @@ import cv2
 import lmdb
 import numpy as np
 
-from definitions import caffe_messages
+from ddinit.prototxt import caffe_messages
 
 # The most that a database may hold.  It costs address space only, and is written into the file,
 # where Caffe finds it again.

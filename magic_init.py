@@ -17,21 +17,24 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Se
 import numpy as np
 from google.protobuf import text_format
 
-import argument_types
-import caffe_net
-import change_rates
-import guarded
-import report
-import rescale
-import results
-import weights
-from argument_types import count, finite, fraction, natural
-from caffe_net import BlobStore, Layer, Statistics, Stop, WorkingNet
-from change_rates import ChangeRates
-from report import LayerRecord, Result
-from scales import ScaleGraph
-from session import STOPS, Session, in_crew
-from trained_weights import copy_weights, load_weights
+from ddinit import (
+    argument_types,
+    caffe_net,
+    change_rates,
+    files,
+    processes,
+    report,
+    rescale,
+    results,
+    weights,
+)
+from ddinit.argument_types import count, finite, fraction, natural
+from ddinit.caffe_net import BlobStore, Layer, Statistics, Stop, WorkingNet
+from ddinit.change_rates import ChangeRates
+from ddinit.report import LayerRecord, Result
+from ddinit.scales import ScaleGraph
+from ddinit.session import STOPS, Session, in_crew
+from ddinit.trained_weights import copy_weights, load_weights
 
 log = logging.getLogger("magic_init")
 
@@ -372,7 +375,7 @@ def work(arguments: argparse.Namespace, paths: Sequence[str], output: str) -> Re
 
     Runs in a child process: Caffe may abort.  Raises ValueError for whatever a user can cause.
     """
-    guarded.keep_freed_memory()
+    processes.keep_freed_memory()
     return in_crew(work_together, arguments, paths, output)
 
 
@@ -462,8 +465,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)
-    guarded.log_to_stderr(arguments.quiet)
-    return guarded.command_line(run, arguments, parser.prog)
+    processes.log_to_stderr(arguments.quiet)
+    return processes.command_line(run, arguments, parser.prog)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -473,15 +476,15 @@ def run(arguments: argparse.Namespace) -> None:
     _check_paths(arguments, beside)
     paths = caffe_net.find_images(arguments.data) if arguments.data else []
     arguments.device = caffe_net.choose_device(arguments.cpu, arguments.gpu)
-    with guarded.replacing(arguments.output) as temporary:
-        found = guarded.in_child(work, arguments, paths, temporary)
+    with files.replacing(arguments.output) as temporary:
+        found = processes.in_child(work, arguments, paths, temporary)
         if found.difference is not None and not found.difference <= TOLERANCE \
                 and not arguments.force:
             raise ValueError("the rescaled net's outputs differ by %.2g of their std (more than "
                              "%g): nothing was written; --force writes all the same"
                              % (found.difference, TOLERANCE))
         if found.definition is not None:
-            with guarded.replacing(beside) as name, open(name, "w", encoding="utf-8") as file:
+            with files.replacing(beside) as name, open(name, "w", encoding="utf-8") as file:
                 file.write("".join("# %s\n" % line for line in found.changes) + found.definition)
     found.seconds["in all"] = time.perf_counter() - started
     _tell(found, arguments, beside)
@@ -511,7 +514,7 @@ def _tell(found: Result, arguments: argparse.Namespace, beside: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = guarded.Parser(prog="magic_init", description=__doc__.splitlines()[0])
+    parser = processes.Parser(prog="magic_init", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("prototxt", help="definition of the net: deploy or train_val, any dialect")
     add("output", help="caffemodel to write; OUTPUT.prototxt is written beside it where the "
@@ -562,7 +565,7 @@ def _check_paths(arguments: argparse.Namespace, beside: str) -> None:
     for path in (arguments.output, arguments.report, arguments.figure):
         if path is None:
             continue
-        guarded.check_writable(path)
+        files.check_writable(path)
         if os.path.realpath(path) in used:
             raise ValueError("%s would be written over another file of this command" % path)
         used.update(os.path.realpath(one) for one in (path, arguments.load) if one)

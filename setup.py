@@ -37,10 +37,8 @@ setup(
     description="Data-dependent initialization of Caffe networks",
     license="BSD-2-Clause",
     python_requires=">=3.8",
-    py_modules=["magic_init", "weights", "rescale", "change_rates", "scales", "blas", "caffe_net",
-                "caffemodel", "crew", "definitions", "guarded", "results", "report",
-                "session", "argument_types", "trained_weights", "rate_figure", "image_database",
-                "voc", "voc_lmdb"],
+    packages=["ddinit"],
+    py_modules=["magic_init", "image_database", "voc", "voc_lmdb"],
     install_requires=[
         "numpy>=1.19,<2",
         "scipy>=1.5,<1.14",

@@ -18,7 +18,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Set
 
 import numpy as np
 
-import guarded
+from ddinit import processes
 
 STANDARD_SPLITS = ("train", "val", "trainval", "test")
 FLAGS = {"-1": -1, "0": 0, "1": 1, "+1": 1}
@@ -243,9 +243,9 @@ def _hint(root: str) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Describe the folder that the command line names; return the exit status."""
-    parser = guarded.Parser(prog="voc.py", description=(__doc__ or "").splitlines()[0])
+    parser = processes.Parser(prog="voc.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("voc", metavar="DIR", help="folder in VOC's layout")
-    return guarded.command_line(_describe, parser.parse_args(argv), parser.prog)
+    return processes.command_line(_describe, parser.parse_args(argv), parser.prog)
 
 
 def _describe(arguments: argparse.Namespace) -> None:

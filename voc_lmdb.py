@@ -18,7 +18,7 @@ import lmdb
 import numpy as np
 from tqdm import tqdm
 
-from definitions import caffe_messages
+from ddinit.prototxt import caffe_messages
 from image_database import MAP_BYTES
 from voc import Voc, VocLists
 

@@ -17,12 +17,11 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tu
 
 import numpy as np
 
-import caffemodel
-import definitions
-import guarded
-from caffe_net import Layer as NetLayer
-from caffe_net import WorkingNet, use_device
-from trained_weights import load_weights
+from ddinit import caffemodel, files, processes
+from ddinit.caffe_net import Layer as NetLayer
+from ddinit.caffe_net import WorkingNet, use_device
+from ddinit.prototxt import caffe_messages, read_definition, working_definition
+from ddinit.trained_weights import load_weights
 
 log = logging.getLogger("convert_weights")
 
@@ -66,7 +65,7 @@ class Report(NamedTuple):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Convert what the command line names; return the exit status."""
-    parser = guarded.Parser(
+    parser = processes.Parser(
         prog="convert_weights.py", description="Bring foreign weights to another definition.")
     parser.add_argument("source", metavar="IN.prototxt", help="the foreign definition")
     parser.add_argument("weights", metavar="IN.caffemodel", help="its weights")
@@ -87,16 +86,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--force", action="store_true",
                         help="write the weights even where the nets differ")
     arguments = parser.parse_args(argv)
-    guarded.log_to_stderr()
-    return guarded.command_line(run, arguments, parser.prog)
+    processes.log_to_stderr()
+    return processes.command_line(run, arguments, parser.prog)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Convert, and log what was done."""
-    guarded.check_writable(arguments.output)
+    files.check_writable(arguments.output)
     options = Options(arguments.rgb_to_bgr, arguments.mean, arguments.scale,
                       arguments.fold_batchnorm, read_renames(arguments.rename), arguments.force)
-    report = guarded.in_child(convert, arguments.source, arguments.weights, arguments.target,
+    report = processes.in_child(convert, arguments.source, arguments.weights, arguments.target,
                               arguments.output, options)
     for line in report.converted:
         log.info("%s", line)
@@ -493,8 +492,8 @@ def _tops(net: WorkingNet, images: np.ndarray,
 
 def _net(path: str) -> WorkingNet:
     try:
-        return WorkingNet(*definitions.working_definition(
-            definitions.read_definition(path), IMAGES))
+        return WorkingNet(*working_definition(
+            read_definition(path), IMAGES))
     except ValueError as error:
         prefix = "" if str(error).startswith(path) else path + ": "
         raise ValueError(prefix + str(error)) from error
@@ -510,10 +509,10 @@ def _load(net: WorkingNet, path: str) -> None:
 
 def _write(net: WorkingNet, names: Set[str], path: str) -> None:
     """Write the weights of some layers of a net."""
-    kept = definitions.caffe_messages().NetParameter(name=net.definition.name)
+    kept = caffe_messages().NetParameter(name=net.definition.name)
     kept.layer.extend(layer for layer in net.definition.layer
                       if layer.name in names or layer.name not in net.net.params)
-    with guarded.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         caffemodel.write(net.net, kept, temporary)
 
 

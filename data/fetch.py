@@ -21,8 +21,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 import pooch
 from tqdm import tqdm
 
-import guarded
-import results
+from ddinit import processes, results
 from download import DownloadError, Resuming
 
 log = logging.getLogger("fetch")
@@ -42,7 +41,7 @@ class Source(NamedTuple):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Fetch what the command line names; return the exit status."""
-    parser = guarded.Parser(prog="fetch.py", description=(__doc__ or "").splitlines()[0])
+    parser = processes.Parser(prog="fetch.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", metavar="NAME", nargs="+",
                         help="voc2007, selective-search, caffenet, googlenet or vgg16")
     parser.add_argument("--to", metavar="DIR", default="datasets",
@@ -50,9 +49,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--sources", metavar="FILE.json", default=SOURCES,
                         help="other addresses and checksums, such as those of a mirror of your "
                              "own, in the form of data/sources.json")
-    guarded.log_to_stderr()
+    processes.log_to_stderr()
     pooch.get_logger().setLevel(logging.WARNING)
-    return guarded.command_line(_run, parser.parse_args(argv), parser.prog)
+    return processes.command_line(_run, parser.parse_args(argv), parser.prog)
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -15,8 +15,8 @@ from typing import Deque, Iterator, Optional, Sequence
 import numpy as np
 from tqdm import tqdm
 
-import guarded
-from definitions import caffe_messages
+from ddinit import files, processes
+from ddinit.prototxt import caffe_messages
 from image_database import ImageDatabase, read_record
 
 log = logging.getLogger("image_mean")
@@ -26,15 +26,15 @@ AHEAD = 256  # records that are decoded before they are added
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Write the mean of the database that the command line names; return the exit status."""
-    parser = guarded.Parser(description=__doc__.splitlines()[0])
+    parser = processes.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("lmdb", metavar="LMDB", help="folder of a database of images of one size")
     parser.add_argument("out", metavar="OUT.binaryproto", help="file for Caffe's mean_file")
-    guarded.log_to_stderr()
-    return guarded.command_line(_run, parser.parse_args(argv), parser.prog)
+    processes.log_to_stderr()
+    return processes.command_line(_run, parser.parse_args(argv), parser.prog)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    guarded.check_writable(arguments.out)
+    files.check_writable(arguments.out)
     mean = mean_image(arguments.lmdb)
     write_mean(mean, arguments.out)
     log.info("%s: the mean by channel (blue, green, red) is %s", arguments.out,
@@ -80,7 +80,7 @@ def write_mean(mean: np.ndarray, path: str) -> None:
     channels, height, width = mean.shape
     blob = caffe_messages().BlobProto(num=1, channels=channels, height=height, width=width,
                                       data=mean.astype(np.float32).ravel())
-    with guarded.replacing(path) as temporary, open(temporary, "wb") as file:
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(blob.SerializeToString())
 
 

@@ -32,8 +32,7 @@ import lmdb
 import numpy as np
 from tqdm import tqdm
 
-import guarded
-import results
+from ddinit import processes, results
 from image_database import MAP_BYTES, ImageDatabase, encoded_record, pixel_record, read_record
 
 log = logging.getLogger("make_lmdb")
@@ -57,7 +56,7 @@ class Entry(NamedTuple):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Make or check the database that the command line names; return the exit status."""
-    parser = guarded.Parser(description=__doc__.splitlines()[0])
+    parser = processes.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("list", metavar="LIST", help="text file of lines 'path label'")
     parser.add_argument("out", metavar="OUT.lmdb", help="folder of the database")
     parser.add_argument("--root", metavar="DIR", default="",
@@ -72,8 +71,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                         help="threads that decode (default: one per core)")
     parser.add_argument("--check", action="store_true",
                         help="read OUT.lmdb back and compare it with LIST")
-    guarded.log_to_stderr()
-    return guarded.command_line(_run, parser.parse_args(argv), parser.prog)
+    processes.log_to_stderr()
+    return processes.command_line(_run, parser.parse_args(argv), parser.prog)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -191,7 +190,7 @@ def _write_chunks(out: str, stored: Sequence[Entry], first: int,
     The database is opened anew for every chunk: which free pages LMDB takes depends on what it
     remembers of earlier transactions, and a resumed run must come to the same bytes.
     """
-    guarded.keep_freed_memory()
+    processes.keep_freed_memory()
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # our own threads use the cores
     pool = ThreadPoolExecutor(workers)

@@ -20,8 +20,14 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tu
 import cv2
 import numpy as np
 
-import definitions
-import guarded
+from ddinit import files, processes
+from ddinit.prototxt import (
+    build_net,
+    caffe_messages,
+    import_caffe,
+    read_definition,
+    write_definition,
+)
 
 log = logging.getLogger("make_tiny")
 
@@ -45,14 +51,14 @@ class Shape(NamedTuple):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Write everything below the folder that the command line names; return the exit status."""
-    parser = guarded.Parser(prog="make_tiny.py", description=__doc__.splitlines()[0])
+    parser = processes.Parser(prog="make_tiny.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", metavar="DIR", help="folder to write to; made where missing")
     parser.add_argument("--model", metavar="NET.prototxt",
                         default=os.path.join("models", "caffenet_tiny", "deploy.prototxt"),
                         help="CaffeNet's likes to derive nets from (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
-    guarded.log_to_stderr()
-    return guarded.command_line(run, parser.parse_args(argv), parser.prog)
+    processes.log_to_stderr()
+    return processes.command_line(run, parser.parse_args(argv), parser.prog)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -62,9 +68,9 @@ def run(arguments: argparse.Namespace) -> None:
     write_voc(os.path.join(arguments.folder, "VOC2007"), rng)
     write_imagenet(os.path.join(arguments.folder, "imagenet"), rng)
     for name, change in (("normalised", normalised), ("plain", without_lrn)):
-        definitions.write_definition(change(definitions.read_definition(arguments.model)),
+        write_definition(change(read_definition(arguments.model)),
                                      os.path.join(arguments.folder, name + ".prototxt"))
-    guarded.in_child(write_pretrained, arguments.model,
+    processes.in_child(write_pretrained, arguments.model,
                      os.path.join(arguments.folder, "pretrained"), arguments.seed)
     log.info("wrote %s", arguments.folder)
 
@@ -160,7 +166,7 @@ def _write_split(root: str, split: str, contents: Dict[str, List[Shape]]) -> Non
 
 
 def _write_lines(path: str, lines: Sequence[str]) -> None:
-    with guarded.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with files.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
 
 
@@ -198,7 +204,7 @@ def without_lrn(definition: Any) -> Any:
 
 def _copies(layers: Iterable[Any]) -> List[Any]:
     """Copies that stay when the definition's own layers are cleared."""
-    copies = [definitions.caffe_messages().LayerParameter() for _ in layers]
+    copies = [caffe_messages().LayerParameter() for _ in layers]
     for copy, layer in zip(copies, layers):
         copy.CopyFrom(layer)
     return copies
@@ -206,10 +212,10 @@ def _copies(layers: Iterable[Any]) -> List[Any]:
 
 def write_pretrained(model: str, stem: str, seed: int) -> None:
     """Write STEM.prototxt, `model` with its fc6 as a convolution, and random STEM.caffemodel."""
-    caffe = definitions.import_caffe()
+    caffe = import_caffe()
     caffe.set_random_seed(seed)
-    definition = definitions.read_definition(model)
-    net = definitions.build(definition)
+    definition = read_definition(model)
+    net = build_net(definition)
     layer = next(layer for layer in definition.layer if layer.name == "fc6")
     _, _, height, width = net.blobs[layer.bottom[0]].shape
     connected = layer.inner_product_param
@@ -219,9 +225,9 @@ def write_pretrained(model: str, stem: str, seed: int) -> None:
     layer.convolution_param.weight_filler.CopyFrom(connected.weight_filler)
     layer.convolution_param.bias_filler.CopyFrom(connected.bias_filler)
     layer.ClearField("inner_product_param")
-    definitions.write_definition(definition, stem + ".prototxt")
-    with guarded.replacing(stem + ".caffemodel") as temporary:
-        definitions.build(definition).save(temporary)
+    write_definition(definition, stem + ".prototxt")
+    with files.replacing(stem + ".caffemodel") as temporary:
+        build_net(definition).save(temporary)
 
 
 if __name__ == "__main__":

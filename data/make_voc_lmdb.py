@@ -12,21 +12,21 @@ import os
 import sys
 from typing import Optional, Sequence
 
-import guarded
+from ddinit import processes
 from voc import Voc
 from voc_lmdb import write
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Make the database that the command line names; return the exit status."""
-    parser = guarded.Parser(prog="make_voc_lmdb.py", description=(__doc__ or "").splitlines()[0])
+    parser = processes.Parser(prog="make_voc_lmdb.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", metavar="OUT.lmdb", help="folder to write; it must not exist")
     parser.add_argument("--voc", metavar="DIR", required=True,
                         help="VOC-layout folder, such as VOCdevkit/VOC2007")
     parser.add_argument("--split", metavar="NAME", default="trainval",
                         help="which images, such as trainval or test (default: trainval)")
-    guarded.log_to_stderr()
-    return guarded.command_line(_run, parser.parse_args(argv), parser.prog)
+    processes.log_to_stderr()
+    return processes.command_line(_run, parser.parse_args(argv), parser.prog)
 
 
 def _run(arguments: argparse.Namespace) -> None:

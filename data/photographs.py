@@ -15,7 +15,7 @@ import numpy as np
 import skimage.data
 import sklearn.datasets
 
-import guarded
+from ddinit import files, processes
 
 # A crop's side, as a part of its photograph's shorter side.
 SMALLEST = 0.4
@@ -23,11 +23,11 @@ SMALLEST = 0.4
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Write the crops that the command line asks for; return the exit status."""
-    parser = guarded.Parser(prog="photographs", description=__doc__.splitlines()[0])
+    parser = processes.Parser(prog="photographs", description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="DIR", help="folder to write 0000.jpg, 0001.jpg, ... into")
     parser.add_argument("--count", type=int, default=160, help="images to cut (default: 160)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the crops (default: 0)")
-    return guarded.command_line(_run, parser.parse_args(argv), parser.prog)
+    return processes.command_line(_run, parser.parse_args(argv), parser.prog)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -36,7 +36,7 @@ def _run(arguments: argparse.Namespace) -> None:
     rng = np.random.default_rng(arguments.seed)
     for number in range(arguments.count):
         crop = random_crop(sources[number % len(sources)], rng)
-        with guarded.replacing(os.path.join(arguments.out, "%04d.jpg" % number)) as temporary:
+        with files.replacing(os.path.join(arguments.out, "%04d.jpg" % number)) as temporary:
             encoded = cv2.imencode(".jpg", crop, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
             encoded.tofile(temporary)
 

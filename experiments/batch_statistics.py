@@ -18,7 +18,7 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from definitions import import_caffe
+from ddinit.prototxt import import_caffe
 
 caffe: Any = import_caffe()
 

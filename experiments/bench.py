@@ -18,14 +18,15 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 import numpy as np
 import psutil
 
-import argument_types
-import caffe_net
-import change_rates
-import definitions
-import guarded
-import results
-from caffe_net import WorkingNet
-from scales import ScaleGraph
+from ddinit import argument_types, caffe_net, change_rates, files, processes, results
+from ddinit.caffe_net import WorkingNet
+from ddinit.prototxt import (
+    import_caffe,
+    read_definition,
+    spare_weight_gradients,
+    working_definition,
+)
+from ddinit.scales import ScaleGraph
 
 log = logging.getLogger("bench")
 MODELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models")
@@ -50,7 +51,7 @@ CASES = [
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the cases that the command line asks for; return the exit status."""
-    parser = guarded.Parser(prog="bench", description=__doc__.splitlines()[0])
+    parser = processes.Parser(prog="bench", description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, metavar="GLOB", help="images to initialise from")
     parser.add_argument("--measure", required=True, metavar="GLOB",
                         help="other images, to measure change rates on")
@@ -61,13 +62,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--seed", type=argument_types.natural, default=1,
                         help="seed of the weights (default: 1)")
     arguments = parser.parse_args(argv)
-    guarded.log_to_stderr()
-    return guarded.command_line(run, arguments, parser.prog)
+    processes.log_to_stderr()
+    return processes.command_line(run, arguments, parser.prog)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Time the cases, each beside a forward of its net, and write and print the table."""
-    guarded.check_writable(arguments.out)
+    files.check_writable(arguments.out)
     rows: List[Dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench.") as folder:
         for case in CASES:
@@ -92,16 +93,16 @@ def time_case(case: Case, arguments: argparse.Namespace, folder: str) -> Dict[st
     report = os.path.join(folder, "report.json")
     flags = [os.path.join(folder, flag + ".caffemodel") if flag in {one.name for one in CASES}
              else flag for flag in case.flags]
-    before = guarded.in_child(forward_seconds, net, arguments.data)
+    before = processes.in_child(forward_seconds, net, arguments.data)
     command = [sys.executable, os.path.join(os.path.dirname(MODELS), "magic_init.py"), net, output,
                "-d", arguments.data, "--report", report, "--quiet",
                "--seed", str(arguments.seed)] + flags
     started = time.perf_counter()
     peak = _run(command)
     seconds = time.perf_counter() - started
-    forward = min(before, guarded.in_child(forward_seconds, net, arguments.data))
+    forward = min(before, processes.in_child(forward_seconds, net, arguments.data))
     written = os.path.splitext(output)[0] + ".prototxt"
-    unseen = guarded.in_child(unseen_spread, written if os.path.exists(written) else net, output,
+    unseen = processes.in_child(unseen_spread, written if os.path.exists(written) else net, output,
                               arguments.measure)
     found = results.read_json(report)
     return {"case": case.name, "seed": arguments.seed, "forward_seconds": forward,
@@ -138,8 +139,8 @@ def forward_seconds(net: str, data: str) -> float:
 
     Caffe is as it comes: with a BLAS of its own, if it has one.
     """
-    definitions.import_caffe(own_blas=True)
-    working, image = definitions.working_definition(definitions.read_definition(net), 16)
+    import_caffe(own_blas=True)
+    working, image = working_definition(read_definition(net), 16)
     measured = WorkingNet(working, image)
     rng = np.random.default_rng(0)
     for layer in measured.affine:
@@ -157,8 +158,8 @@ def forward_seconds(net: str, data: str) -> float:
 
 def unseen_spread(net: str, weights: str, data: str) -> float:
     """Largest over smallest change rate of the layers on other images; in a child process."""
-    working, image = definitions.working_definition(definitions.read_definition(net), 10)
-    definitions.spare_weight_gradients(working, change_rates.per_image)
+    working, image = working_definition(read_definition(net), 10)
+    spare_weight_gradients(working, change_rates.per_image)
     measured = WorkingNet(working, image)
     measured.net.copy_from(weights)
     assert image is not None

@@ -17,14 +17,12 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 
-import argument_types
-import definitions
 import detection_batches
 import detection_net
-import guarded
-import results
-from argument_types import count
-from caffe_net import choose_device, use_device
+from ddinit import argument_types, files, processes, results
+from ddinit.argument_types import count
+from ddinit.caffe_net import choose_device, use_device
+from ddinit.prototxt import build_net, caffe_messages, read_definition
 from detection_batches import RoiTable
 from voc import Voc
 
@@ -38,7 +36,7 @@ TIMES = 40  # as many images
 
 def measure(arguments: argparse.Namespace, gpu: Optional[int]) -> Dict[str, Any]:
     """Return seconds and megabytes of everything that the command reports.  Runs in a child."""
-    guarded.log_to_stderr()
+    processes.log_to_stderr()
     use_device(gpu)
     found: Dict[str, Any] = {"pooling": measure_pooling(arguments.rounds)}
     with tempfile.TemporaryDirectory(prefix="bench.") as folder:
@@ -63,7 +61,7 @@ def measure_pooling(rounds: int) -> Dict[str, float]:
     corners = rng.uniform(0, [WIDTH * STRIDE, HEIGHT * STRIDE], (ROIS, 2, 2))
     pooling.blobs["rois"].data[:, 1:] = np.sort(corners, axis=1).reshape(ROIS, 4)
     skeleton = detection_net.skeleton_of(
-        definitions.read_definition(os.path.join(MODELS, "caffenet", "deploy.prototxt")))
+        read_definition(os.path.join(MODELS, "caffenet", "deploy.prototxt")))
     # Centred layers of stride 2 map n cells to n // 2 + 1: these sides give HEIGHT and WIDTH.
     sides = (1, 3, (HEIGHT - 1) * STRIDE, (WIDTH - 1) * STRIDE)
     trunk = _net_of(skeleton.trunk, [("data", sides)])
@@ -77,14 +75,14 @@ def measure_pooling(rounds: int) -> Dict[str, float]:
 
 def _net_of(layers: Sequence[Any], inputs: Sequence[Any]) -> Any:
     """A caffe.Net of these layers, or of ROI pooling where there are none."""
-    net = definitions.caffe_messages().NetParameter()
+    net = caffe_messages().NetParameter()
     for name, shape in inputs:
         layer = net.layer.add(name=name, type="Input", top=[name])
         layer.input_param.shape.add(dim=shape)
     net.layer.extend(layers)
     if not layers:
         detection_net.add_roi_pooling(net, "roi_pool5", "conv5", "pool5", 6, 1 / STRIDE)
-    return definitions.build(net)
+    return build_net(net)
 
 
 def _in_turns(functions: Dict[str, Callable[[], Any]], rounds: int) -> Dict[str, float]:
@@ -128,11 +126,11 @@ def measure_loader(arguments: argparse.Namespace, table: RoiTable,
                    folder: str) -> Dict[str, float]:
     """Return mean seconds of an iteration and of its wait for data, and the workers' memory."""
     classes = int(table.classes.max())
-    skeleton = detection_net.skeleton_of(definitions.read_definition(arguments.net))
+    skeleton = detection_net.skeleton_of(read_definition(arguments.net))
     data = detection_batches.layer_parameters(
         folder, table, np.zeros((classes + 1, 4)), np.ones((classes + 1, 4)), SCALES, MAX_SIZE,
         seed=0, workers=arguments.workers)
-    net = definitions.build(detection_net.training_net(skeleton, classes, data))
+    net = build_net(detection_net.training_net(skeleton, classes, data))
     source, last = net.layers[0], len(net.layers) - 1
     source.begin(0)
     waited, taken = [], []
@@ -164,9 +162,9 @@ def _private_megabytes(process: int) -> float:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print and write; return the exit status."""
     if arguments.out is not None:
-        guarded.check_writable(arguments.out)
+        files.check_writable(arguments.out)
     gpu = choose_device(arguments.cpu, arguments.gpu)
-    found = guarded.in_child(measure, arguments, gpu)
+    found = processes.in_child(measure, arguments, gpu)
     pooling = found["pooling"]
     print("%d ROIs are pooled in %.3f s, the convolutions before take %.3f s" % (
         ROIS, pooling["roi_pooling"], pooling["convolutions"]))
@@ -182,7 +180,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure what the command line asks for; return the exit status."""
-    parser = guarded.Parser(prog="bench_detection.py", description=(__doc__ or "").splitlines()[0])
+    parser = processes.Parser(prog="bench_detection.py",
+                              description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--voc", required=True, metavar="DIR", help="folder in VOC's layout")
     add("--net", default=os.path.join(MODELS, "caffenet", "deploy.prototxt"), metavar="NET",
@@ -192,7 +191,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add("--out", metavar="FILE.json", help="result, for later comparison")
     argument_types.add_workers(parser)
     argument_types.add_device(parser)
-    return guarded.command_line(run, parser.parse_args(argv), parser.prog)
+    return processes.command_line(run, parser.parse_args(argv), parser.prog)
 
 
 if __name__ == "__main__":

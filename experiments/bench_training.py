@@ -19,15 +19,12 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from google.protobuf import text_format
 
-import argument_types
 import classify_voc
-import definitions
-import guarded
-import results
 import training_net
-from argument_types import count
-from caffe_net import choose_device, use_device
-from definitions import caffe_messages, import_caffe
+from ddinit import argument_types, files, processes, results
+from ddinit.argument_types import count
+from ddinit.caffe_net import choose_device, use_device
+from ddinit.prototxt import caffe_messages, import_caffe, read_definition
 from image_batches import Crops, VocImages
 
 MODELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "models")
@@ -47,7 +44,7 @@ class Steps(NamedTuple):
 
 def measure(arguments: argparse.Namespace, gpu: Optional[int]) -> Dict[str, Any]:
     """Return seconds of both kinds of iteration and memory in MB.  Runs in a child."""
-    guarded.log_to_stderr()
+    processes.log_to_stderr()
     use_device(gpu)
     seconds: Dict[str, List[float]] = {"images": [], "nothing": []}
     reading = computing = 0.0
@@ -70,7 +67,7 @@ def measure(arguments: argparse.Namespace, gpu: Optional[int]) -> Dict[str, Any]
 def _solver(arguments: argparse.Namespace, model: str, batch_size: int, kind: str) -> Any:
     dataset = {"root": os.path.abspath(arguments.voc), "split": "trainval"}
     classes = VocImages(**dataset).labels.shape[1]
-    net = training_net.classifier(definitions.read_definition(model), batch_size, classes)
+    net = training_net.classifier(read_definition(model), batch_size, classes)
     height, width = net.image.shape[2:]
     if kind == "images":
         source = training_net.image_source_layer(
@@ -147,9 +144,9 @@ def _resident(process: int) -> float:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print and write; return the exit status."""
     if arguments.out is not None:
-        guarded.check_writable(arguments.out)
+        files.check_writable(arguments.out)
     gpu = choose_device(arguments.cpu, arguments.gpu)
-    found = guarded.in_child(measure, arguments, gpu)
+    found = processes.in_child(measure, arguments, gpu)
     print("an iteration on images takes %.3f s, on nothing %.3f s: %+.1f%%" % (
         found["seconds"]["images"], found["seconds"]["nothing"], 100 * (found["ratio"] - 1)))
     reading, caffe = (found["processor_seconds"][part] for part in ("reading", "caffe"))
@@ -164,7 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure as the command line says; return the exit status."""
-    parser = guarded.Parser(prog="bench_training.py", description=__doc__.splitlines()[0])
+    parser = processes.Parser(prog="bench_training.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--voc", required=True, metavar="DIR", help="folder in VOC's layout or its LMDB")
     add("--net", default=os.path.join(MODELS, "caffenet", "deploy.prototxt"), metavar="NET",
@@ -176,7 +173,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     argument_types.add_workers(parser)
     argument_types.add_device(parser)
     parser.set_defaults(lr=0.001, solver="SGD")
-    return guarded.command_line(run, parser.parse_args(argv), "bench_training.py")
+    return processes.command_line(run, parser.parse_args(argv), "bench_training.py")
 
 
 if __name__ == "__main__":

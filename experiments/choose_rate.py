@@ -11,20 +11,19 @@ import logging
 import sys
 from typing import Optional, Sequence, Tuple
 
-import guarded
-import results
+from ddinit import files, processes, results
 
 log = logging.getLogger("choose_rate")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Write the rate that the command line's results lead to; return the exit status."""
-    parser = guarded.Parser(prog="choose_rate.py", description=(__doc__ or "").splitlines()[0])
+    parser = processes.Parser(prog="choose_rate.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", metavar="OUT", help="text file for the rate")
     parser.add_argument("trials", metavar="RATE=RESULT.json", nargs="+", type=_trial,
                         help="what each learning rate led to")
-    guarded.log_to_stderr()
-    return guarded.command_line(run, parser.parse_args(argv), parser.prog)
+    processes.log_to_stderr()
+    return processes.command_line(run, parser.parse_args(argv), parser.prog)
 
 
 def _trial(text: str) -> Tuple[str, str]:
@@ -40,7 +39,7 @@ def _trial(text: str) -> Tuple[str, str]:
 def run(arguments: argparse.Namespace) -> None:
     """Write the rate."""
     rate = chosen(arguments.trials)
-    with guarded.replacing(arguments.out) as temporary, open(temporary, "w") as file:
+    with files.replacing(arguments.out) as temporary, open(temporary, "w") as file:
         file.write(rate + "\n")
 
 

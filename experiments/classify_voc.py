@@ -22,22 +22,18 @@ from typing import Any, Dict, List, Optional, Sequence
 import numpy as np
 from tqdm import tqdm
 
-import argument_types
-import caffemodel
-import definitions
-import guarded
 import image_batches
-import results
 import run_folder
 import training_net
 import training_options
-from argument_types import count, positive
 from average_precision import AveragePrecision, classification_ap
-from caffe_net import choose_device, use_device
-from definitions import caffe_messages
+from ddinit import argument_types, caffemodel, files, processes, results
+from ddinit.argument_types import count, positive
+from ddinit.caffe_net import choose_device, use_device
+from ddinit.prototxt import build_net, caffe_messages, read_definition
+from ddinit.trained_weights import load_weights
 from image_batches import Crops
 from prefetch import Prefetcher
-from trained_weights import load_weights
 from training import Plan, exit_status, train
 from voc_lmdb import open_voc
 
@@ -55,7 +51,7 @@ TRAINING_SPLIT, TEST_SPLIT = "trainval", "test"
 
 def run_training(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
     """Train as the command line says; return the exit status.  Runs in a child process."""
-    guarded.log_to_stderr()
+    processes.log_to_stderr()
     plan = training_plan(arguments, gpu)
     outcome = train(plan)
     if outcome.stopped_by is None:
@@ -67,7 +63,7 @@ def training_plan(arguments: argparse.Namespace, gpu: Optional[int]) -> Plan:
     """Return the plan of a training run."""
     voc = {"root": os.path.abspath(arguments.voc), "split": TRAINING_SPLIT}
     dataset = image_batches.VocImages(**voc)
-    net = training_net.classifier(definitions.read_definition(arguments.net),
+    net = training_net.classifier(read_definition(arguments.net),
                                   arguments.batch_size, len(dataset.classes))
     source = training_net.image_source_layer(
         "data", (net.image.blob, "label"), DATASET, voc, _crops(net), arguments.batch_size,
@@ -111,15 +107,15 @@ def solver_parameters(arguments: argparse.Namespace) -> Any:
 
 def run_test(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
     """Score a net as the command line says; return the exit status.  Runs in a child process."""
-    guarded.log_to_stderr()
-    guarded.check_writable(arguments.out)
+    processes.log_to_stderr()
+    files.check_writable(arguments.out)
     voc = {"root": os.path.abspath(arguments.voc), "split": TEST_SPLIT}
     reader = open_voc(arguments.voc)
     labels = reader.labels(TEST_SPLIT)
-    net = training_net.classifier(definitions.read_definition(arguments.net), arguments.crops,
+    net = training_net.classifier(read_definition(arguments.net), arguments.crops,
                                   len(reader.classes))
     use_device(gpu)
-    caffe_net = definitions.build(training_net.test_net(net))
+    caffe_net = build_net(training_net.test_net(net))
     missing = load_weights(caffe_net, arguments.weights)
     if missing:
         raise ValueError("%s: has no layer '%s': not weights of this net that classify_voc.py "
@@ -191,17 +187,17 @@ def report(classes: Sequence[str], precision: AveragePrecision,
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train or test; return the exit status: 2 after an error, 130 and 143 after a signal."""
     arguments = _parser().parse_args(argv)
-    return guarded.command_line(_run, arguments, "classify_voc.py")
+    return processes.command_line(_run, arguments, "classify_voc.py")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     gpu = choose_device(arguments.cpu, arguments.gpu)
     function = run_training if arguments.command == "train" else run_test
-    return guarded.in_child(function, arguments, gpu)
+    return processes.in_child(function, arguments, gpu)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = guarded.Parser(prog="classify_voc.py", description=__doc__.splitlines()[0])
+    parser = processes.Parser(prog="classify_voc.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     _add_train(commands.add_parser("train", help="fine-tune a net"))
     _add_test(commands.add_parser("test", help="score a net that was trained"))

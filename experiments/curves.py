@@ -12,9 +12,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 from matplotlib.figure import Figure
 
-import guarded
-import results
-from argument_types import count
+from ddinit import files, processes, results
+from ddinit.argument_types import count
 from run_folder import read_table
 
 PARTS = ("training", "validation")
@@ -37,7 +36,7 @@ Runs = Dict[str, List[List[Dict[str, float]]]]  # the rows of every trial's curv
 
 def command(figure: str, about: str, argv: Optional[Sequence[str]] = None) -> int:
     """Draw the figure that a command line asks for; return the exit status."""
-    parser = guarded.Parser(prog="%s.py" % figure, description=about)
+    parser = processes.Parser(prog="%s.py" % figure, description=about)
     parser.add_argument("out", metavar="OUT.png", help="figure; OUT.json gets its numbers")
     parser.add_argument("folders", metavar="OUTDIR", nargs="+",
                         help="folder of a run of train_imagenet.py")
@@ -48,12 +47,12 @@ def command(figure: str, about: str, argv: Optional[Sequence[str]] = None) -> in
     parser.add_argument("--spans", metavar="ITERATIONS", type=count, nargs="*",
                         default=list(SPANS), help="beginnings that are shown beside all iterations "
                                                   "(default: 10000 100000)")
-    return guarded.command_line(lambda given: _run(given, argv), parser.parse_args(argv),
+    return processes.command_line(lambda given: _run(given, argv), parser.parse_args(argv),
                                 parser.prog)
 
 
 def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
-    guarded.check_writable(arguments.out)
+    files.check_writable(arguments.out)
     runs = read_runs(arguments.folders, arguments.names)
     spans = spans_within(runs, arguments.spans)
     draw(runs, arguments.value, spans, arguments.out)
@@ -119,7 +118,7 @@ def draw(runs: Runs, value: str, spans: Sequence[int], path: str) -> None:
     figure.legend(handles, labels, loc="upper center", ncol=min(3, len(labels)), frameon=False)
     lines = -(-len(labels) // 3)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.28 * lines / figure.get_figheight()))
-    with guarded.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
 
 

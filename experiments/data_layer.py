@@ -10,7 +10,7 @@ from typing import Any, List
 
 import numpy as np
 
-from definitions import import_caffe
+from ddinit.prototxt import import_caffe
 from prefetch import Prefetcher
 
 caffe: Any = import_caffe()

@@ -23,20 +23,17 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 from tqdm import tqdm
 
-import argument_types
-import caffemodel
-import definitions
 import detection
 import detection_batches
 import detection_net
-import guarded
 import proposals
-import results
 import run_folder
 import training_options
-from argument_types import count, positive
 from average_precision import AveragePrecision, Detections, detection_ap
-from caffe_net import choose_device, use_device
+from ddinit import argument_types, caffemodel, files, processes, results
+from ddinit.argument_types import count, positive
+from ddinit.caffe_net import choose_device, use_device
+from ddinit.prototxt import build_net, caffe_messages, read_definition
 from detection_batches import largest_image_bytes, make_testing_images, scale_of
 from prefetch import Prefetcher
 from training import Folding, Plan, exit_status, load_weights, train
@@ -54,7 +51,7 @@ TRAINING_SPLIT, TEST_SPLIT = "trainval", "test"
 
 def run_training(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
     """Train as the command line says; return the exit status.  Runs in a child process."""
-    guarded.log_to_stderr()
+    processes.log_to_stderr()
     table_folder = os.path.join(arguments.folder, ".rois")
     try:
         plan = training_plan(arguments, gpu, table_folder)
@@ -69,7 +66,7 @@ def run_training(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
 def training_plan(arguments: argparse.Namespace, gpu: Optional[int], table_folder: str) -> Plan:
     """Return the plan of a training run, having written its ROIs into `table_folder`."""
     voc = Voc(arguments.voc)
-    skeleton = detection_net.skeleton_of(definitions.read_definition(arguments.net))
+    skeleton = detection_net.skeleton_of(read_definition(arguments.net))
     weights = _starting_weights(arguments, skeleton)
     images = voc.images(TRAINING_SPLIT)
     table = detection_batches.collect(voc, images, proposals.load(voc, images, arguments))
@@ -115,7 +112,7 @@ def _settings(arguments: argparse.Namespace, voc: Voc) -> Dict[str, Any]:
 
 def solver_parameters(arguments: argparse.Namespace) -> Any:
     """Return the paper's solver."""
-    return definitions.caffe_messages().SolverParameter(
+    return caffe_messages().SolverParameter(
         type="SGD", base_lr=arguments.lr, lr_policy="step", gamma=DROP, stepsize=arguments.step,
         momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
@@ -152,8 +149,8 @@ class Scored(NamedTuple):
 
 def run_test(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
     """Score a net as the command line says; return the exit status.  Runs in a child process."""
-    guarded.log_to_stderr()
-    guarded.check_writable(arguments.out)
+    processes.log_to_stderr()
+    files.check_writable(arguments.out)
     voc = Voc(arguments.voc)
     use_device(gpu)
     scored = detect(arguments, voc, gpu is not None)
@@ -219,9 +216,9 @@ def _test_images(arguments: argparse.Namespace,
 
 def _testing_net(arguments: argparse.Namespace, classes: int,
                  gpu: bool) -> Tuple[detection_net.Skeleton, Any]:
-    skeleton = detection_net.skeleton_of(definitions.read_definition(arguments.net))
+    skeleton = detection_net.skeleton_of(read_definition(arguments.net))
     native = detection_net.native_types(gpu)
-    net = definitions.build(detection_net.testing_net(skeleton, classes, native))
+    net = build_net(detection_net.testing_net(skeleton, classes, native))
     missing = load_weights(net, arguments.weights)
     if missing:
         raise ValueError("%s: has no layer '%s': not weights of this net that detect_voc.py "
@@ -252,18 +249,18 @@ def report(classes: Sequence[str], precision: AveragePrecision,
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train or test; return the exit status: 2 after an error, 130 and 143 after a signal."""
     arguments = parser().parse_args(argv)
-    return guarded.command_line(_run, arguments, "detect_voc.py")
+    return processes.command_line(_run, arguments, "detect_voc.py")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     gpu = choose_device(arguments.cpu, arguments.gpu)
     function = run_training if arguments.command == "train" else run_test
-    return int(guarded.in_child(function, arguments, gpu))
+    return int(processes.in_child(function, arguments, gpu))
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    both = guarded.Parser(prog="detect_voc.py", description=(__doc__ or "").splitlines()[0])
+    both = processes.Parser(prog="detect_voc.py", description=(__doc__ or "").splitlines()[0])
     commands = both.add_subparsers(dest="command", required=True)
     _add_train(commands.add_parser("train", help="train a net"))
     _add_test(commands.add_parser("test", help="score a net that was trained"))

@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 
 import boxes
-import guarded
 from average_precision import Detections
+from ddinit import files
 from detection_batches import read_image
 from voc import Voc
 
@@ -103,7 +103,7 @@ def write_comp4(folder: str, split: str, classes: Sequence[str], images: Sequenc
     os.makedirs(folder, exist_ok=True)
     for number, name in enumerate(classes):
         path = os.path.join(folder, "comp4_det_%s_%s.txt" % (split, name))
-        with guarded.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        with files.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for image, found in zip(images, detections):
                 for row, score in zip(found.boxes[found.classes == number] + 1,
                                       found.scores[found.classes == number]):
@@ -119,7 +119,7 @@ def draw(folder: str, voc: Voc, images: Sequence[str], detections: Sequence[Dete
         sure = found.scores >= DRAWN_SCORE
         shown = Detections(found.boxes[sure], found.scores[sure], found.classes[sure])
         path = os.path.join(folder, image + ".jpg")
-        with guarded.replacing(path) as temporary, open(temporary, "wb") as file:
+        with files.replacing(path) as temporary, open(temporary, "wb") as file:
             drawn = picture(pixels, shown, voc.classes, truth.boxes)
             file.write(cv2.imencode(".jpg", drawn)[1].tobytes())
 

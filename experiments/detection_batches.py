@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 
 import boxes
-import guarded
 from average_precision import overlaps
+from ddinit import files
 from image_batches import decoded
 from prefetch import Batch
 from voc import Voc
@@ -134,7 +134,7 @@ def save_table(table: RoiTable, folder: str) -> None:
     os.makedirs(folder, exist_ok=True)
     for name, value in table._asdict().items():
         path = os.path.join(folder, name + ".npy")
-        with guarded.replacing(path) as temporary, open(temporary, "wb") as file:
+        with files.replacing(path) as temporary, open(temporary, "wb") as file:
             np.save(file, np.asarray(value))
 
 

@@ -20,18 +20,16 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 import cv2
 import numpy as np
 
-import argument_types
-import definitions
 import detect_voc
 import detection
 import detection_net
-import guarded
 import magic_init
 import proposals
-import results
-from argument_types import count
 from average_precision import Detections
-from caffe_net import use_device
+from ddinit import argument_types, files, processes, results
+from ddinit.argument_types import count
+from ddinit.caffe_net import use_device
+from ddinit.prototxt import build_net, import_caffe, read_definition
 from detection_batches import read_image, scaled_size
 from training import load_weights
 from voc import Voc
@@ -88,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--iterations must ascend")
     original, out = Voc(arguments.voc), arguments.out
     os.makedirs(out, exist_ok=True)
-    guarded.check_writable(os.path.join(out, "demo.json"))
+    files.check_writable(os.path.join(out, "demo.json"))
     steps = Steps()
     with steps.counted("lightening"):
         arguments.voc = lightened(original, os.path.join(out, "VOC2007"))
@@ -96,13 +94,13 @@ def run(arguments: argparse.Namespace) -> int:
     initial = initialise(arguments, voc, steps)
     untrained = os.path.join(out, "random_scores.caffemodel")
     with steps.counted("random scores"):
-        guarded.in_child(write_untrained, initial, len(voc.classes), arguments.seed, untrained)
+        processes.in_child(write_untrained, initial, len(voc.classes), arguments.seed, untrained)
     measured = [test(arguments, steps, untrained, 0)]
     for iterations in arguments.iterations:
         trained = train(arguments, steps, initial, iterations)
         measured.append(test(arguments, steps, trained, iterations))
     with steps.counted("picture"):
-        guarded.in_child(write_picture, test_command(arguments, trained, iterations),
+        processes.in_child(write_picture, test_command(arguments, trained, iterations),
                          os.path.join(out, "detections.jpg"))
     minutes = sum(steps.seconds.values()) / 60
     results.write_json(os.path.join(out, "demo.json"), {
@@ -182,7 +180,7 @@ def lightened(voc: Voc, folder: str) -> str:
         white = max(float(np.percentile(pixels.max(axis=2), WHITE)), 1.0)
         lighter = cv2.convertScaleAbs(pixels, alpha=255 / white)
         path = os.path.join(folder, "JPEGImages", image + ".jpg")
-        with guarded.replacing(path) as temporary, open(temporary, "wb") as file:
+        with files.replacing(path) as temporary, open(temporary, "wb") as file:
             file.write(cv2.imencode(".jpg", lighter, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes())
     return folder
 
@@ -201,11 +199,11 @@ def write_untrained(weights: str, classes: int, seed: int, path: str) -> None:
 
     Runs in a child process.
     """
-    definitions.import_caffe().set_random_seed(seed)
-    skeleton = detection_net.skeleton_of(definitions.read_definition(NET))
-    built = definitions.build(detection_net.testing_net(skeleton, classes))
+    import_caffe().set_random_seed(seed)
+    skeleton = detection_net.skeleton_of(read_definition(NET))
+    built = build_net(detection_net.testing_net(skeleton, classes))
     load_weights(built, weights, detection_net.FRESH)
-    with guarded.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         built.save(temporary)
 
 
@@ -218,7 +216,7 @@ def write_picture(words: Sequence[str], path: str) -> None:
 
     `words` are those of `test_command`.  Runs in a child process.
     """
-    guarded.log_to_stderr(quiet=True)
+    processes.log_to_stderr(quiet=True)
     arguments = detect_voc.parser().parse_args(words)
     voc = Voc(arguments.voc)
     use_device(None)
@@ -229,7 +227,7 @@ def write_picture(words: Sequence[str], path: str) -> None:
     tiles += [np.full_like(tiles[0], 255)] * (ROWS * COLUMNS - len(tiles))
     grid = np.vstack([np.hstack(tiles[row:row + COLUMNS])
                       for row in range(0, ROWS * COLUMNS, COLUMNS)])
-    with guarded.replacing(path) as temporary, open(temporary, "wb") as file:
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(cv2.imencode(".jpg", grid, [cv2.IMWRITE_JPEG_QUALITY, 65])[1].tobytes())
 
 
@@ -256,7 +254,7 @@ def tile(voc: Voc, scored: detect_voc.Scored, index: int) -> np.ndarray:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the demonstration as the command line says; return the exit status."""
-    parser = guarded.Parser(prog="detection_demo.py", description=(__doc__ or "").splitlines()[0])
+    parser = processes.Parser(prog="detection_demo.py", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--voc", required=True, metavar="DIR", help="folder in VOC's layout")
     add("--out", required=True, metavar="DIR", help="folder for everything; a run in it is resumed")
@@ -265,7 +263,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
              "quarters of the last (default 1000 2000 4000)")
     add("--cache", default=proposals.DEFAULT_CACHE, metavar="DIR", help="default %(default)s")
     add("--seed", type=argument_types.natural, default=0, metavar="N", help="default %(default)d")
-    return guarded.command_line(run, parser.parse_args(argv), parser.prog)
+    return processes.command_line(run, parser.parse_args(argv), parser.prog)
 
 
 if __name__ == "__main__":

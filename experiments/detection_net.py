@@ -15,9 +15,17 @@ from typing import Any, Collection, Dict, List, NamedTuple, Optional, Sequence, 
 
 from google.protobuf import text_format
 
-import definitions
-import guarded
-from argument_types import count
+from ddinit import processes
+from ddinit.argument_types import count
+from ddinit.prototxt import (
+    Input,
+    build_net,
+    caffe_messages,
+    image_layers,
+    import_caffe,
+    output_blobs,
+    read_definition,
+)
 
 TRAINED = ("Convolution", "Deconvolution", "InnerProduct")
 RATES = ((1.0, 1.0), (2.0, 0.0))  # lr_mult and decay_mult of weights and of biases
@@ -55,7 +63,7 @@ def training_net(skeleton: Skeleton, classes: int, data: Dict[str, Any],
 
     `data` are detection_batches.layer_parameters, `native` what native_types returns.
     """
-    net = definitions.caffe_messages().NetParameter(name=skeleton.name)
+    net = caffe_messages().NetParameter(name=skeleton.name)
     source = net.layer.add(name="data", type="Python", top=[skeleton.image, "rois", *LABELS])
     source.python_param.module = "detection_data"
     source.python_param.layer = "RoiData"
@@ -73,7 +81,7 @@ def testing_net(skeleton: Skeleton, classes: int, native: Collection[str] = ()) 
 
     Its inputs, the image and 'rois', are reshaped to whatever there is to score.
     """
-    net = definitions.caffe_messages().NetParameter(name=skeleton.name)
+    net = caffe_messages().NetParameter(name=skeleton.name)
     for blob, shape in ((skeleton.image, (1, 3, 224, 224)), ("rois", (1, 5))):
         layer = net.layer.add(name=blob, type="Input", top=[blob])
         layer.input_param.shape.add(dim=shape)
@@ -133,7 +141,7 @@ def native_types(gpu: bool) -> Collection[str]:
     with: none on the CPU, where the forks that have them abort ('Not Implemented Yet')."""
     if not gpu:
         return set()
-    return {"ROIPooling", "SmoothL1Loss"} & set(definitions.import_caffe().layer_type_list())
+    return {"ROIPooling", "SmoothL1Loss"} & set(import_caffe().layer_type_list())
 
 
 def add_roi_pooling(net: Any, name: str, maps: str, top: str, side: int, spatial_scale: float,
@@ -177,7 +185,7 @@ def skeleton_of(definition: Any) -> Skeleton:
     Raises ValueError naming the layer where it does not end in a fully connected classifier
     behind one last pooling that everything goes through.
     """
-    layers, image = definitions.image_layers(definition, 1)
+    layers, image = image_layers(definition, 1)
     assert image is not None
     if image.shape[1] != 3:
         raise ValueError("the net '%s' reads images of one channel, Fast R-CNN feeds colour"
@@ -207,7 +215,7 @@ def skeleton_of(definition: Any) -> Skeleton:
 
 def _main_path(layers: Sequence[Any]) -> List[Any]:
     """The layers that the net's last output depends on."""
-    needed = {definitions.outputs(layers)[-1]}
+    needed = {output_blobs(layers)[-1]}
     path = []
     for layer in reversed(layers):
         if needed & set(layer.top):
@@ -248,16 +256,16 @@ def _last_pooling(layers: Sequence[Any]) -> int:
     return places[-1]
 
 
-def _side(layers: Sequence[Any], image: definitions.Input, blob: str) -> int:
+def _side(layers: Sequence[Any], image: Input, blob: str) -> int:
     """Height and width that a blob has in the classification net itself: fc6's weights fit it."""
-    net = definitions.caffe_messages().NetParameter()
+    net = caffe_messages().NetParameter()
     net.layer.add(name=image.blob, type="Input", top=[image.blob]).input_param.shape.add(
         dim=image.shape)
     net.layer.extend(layers)
     for layer in net.layer:
         if layer.HasField("convolution_param"):
             layer.convolution_param.ClearField("weight_filler")  # random numbers take time
-    height, width = definitions.build(net).blobs[blob].data.shape[2:]
+    height, width = build_net(net).blobs[blob].data.shape[2:]
     if height != width:
         raise ValueError("blob '%s' is %d x %d in the classification net; ROI pooling needs a "
                          "square" % (blob, height, width))
@@ -333,19 +341,19 @@ def _strides(layers: Sequence[Any], image: str) -> Dict[str, int]:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Print the detection net of a classification net; return the exit status."""
-    parser = guarded.Parser(prog="detection_net.py",
+    parser = processes.Parser(prog="detection_net.py",
                             description=(__doc__ or "").splitlines()[0])
     parser.add_argument("net", metavar="NET.prototxt", help="classification net")
     parser.add_argument("phase", choices=("train", "test"))
     parser.add_argument("--classes", type=count, default=20, metavar="N",
                         help="classes without the background (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    return guarded.command_line(lambda given: guarded.in_child(_run, given), arguments,
+    return processes.command_line(lambda given: processes.in_child(_run, given), arguments,
                                 parser.prog)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    skeleton = skeleton_of(definitions.read_definition(arguments.net))
+    skeleton = skeleton_of(read_definition(arguments.net))
     net = (training_net(skeleton, arguments.classes, {}) if arguments.phase == "train"
            else testing_net(skeleton, arguments.classes))
     print(text_format.MessageToString(net), end="")

@@ -16,13 +16,13 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-import definitions
-import guarded
-from caffe_net import read_image, use_device
+from ddinit import files, processes
+from ddinit.caffe_net import read_image, use_device
+from ddinit.prototxt import build_net, read_definition, working_definition
+from ddinit.trained_weights import load_weights
 from image_batches import MEAN
 from prefetch import Batch, Prefetcher
 from run_folder import sha256
-from trained_weights import load_weights
 
 PART_ROWS = 4096
 BROKEN_PART = 0.01  # more broken images than this part of a list, and more than ten, are an error
@@ -52,7 +52,7 @@ def cached_features(source: FeatureNet, images: Sequence[str], cache: str) -> Li
              for number in range(-(-len(images) // _rows(source)))]
     missing = [number for number, path in enumerate(paths) if not os.path.exists(path)]
     if missing:
-        guarded.in_child(_compute, source, list(images), paths, missing[0])
+        processes.in_child(_compute, source, list(images), paths, missing[0])
     return [np.load(path, mmap_mode="r") for path in paths]
 
 
@@ -86,8 +86,8 @@ def feature_definition(path: str, layer: str, batch_size: int) -> Any:
     The blob is taken as the whole net leaves it: behind the ReLU that works in place.
     Raises ValueError naming the blobs that there are, where `layer` is none.
     """
-    working, image = definitions.working_definition(
-        definitions.read_definition(path), batch_size)
+    working, image = working_definition(
+        read_definition(path), batch_size)
     last = [number for number, one in enumerate(working.layer) if layer in one.top]
     if not last or image is None or layer == image.blob:
         blobs = dict.fromkeys(top for one in working.layer for top in one.top
@@ -102,14 +102,14 @@ def feature_definition(path: str, layer: str, batch_size: int) -> Any:
 
 def _compute(source: FeatureNet, images: Sequence[str], paths: Sequence[str], first: int) -> None:
     """Write the parts from number `first` on."""
-    guarded.log_to_stderr()
+    processes.log_to_stderr()
     tqdm.set_lock(threading.RLock())
     use_device(source.gpu)
     definition, image = feature_definition(source.net, source.layer, source.batch_size)
     if image.shape[1] != len(source.mean):
         raise ValueError("%s: takes %d channels, the mean has %d"
                          % (source.net, image.shape[1], len(source.mean)))
-    net = definitions.build(definition)
+    net = build_net(definition)
     absent = load_weights(net, source.weights)
     if absent:
         raise ValueError("%s: lacks the layer '%s' of %s" % (source.weights, absent[0], source.net))
@@ -123,7 +123,7 @@ def _compute(source: FeatureNet, images: Sequence[str], paths: Sequence[str], fi
             for number in range(first, len(paths)):
                 count = min(rows, len(images) - number * rows)
                 features = _part(net, image.blob, source.layer, batches, count, bar)
-                with guarded.replacing(paths[number]) as temporary, open(temporary, "wb") as file:
+                with files.replacing(paths[number]) as temporary, open(temporary, "wb") as file:
                     np.save(file, features)
     finally:
         batches.close()

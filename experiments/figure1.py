@@ -18,18 +18,21 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-import argument_types
-import caffe_net
-import change_rates
-import definitions
-import guarded
-import rate_figure
-import results
-import session
-from caffe_net import WorkingNet
+from ddinit import (
+    argument_types,
+    caffe_net,
+    change_rates,
+    files,
+    processes,
+    rate_figure,
+    results,
+    session,
+)
+from ddinit.caffe_net import WorkingNet
+from ddinit.prototxt import read_definition, spare_weight_gradients, working_definition
+from ddinit.scales import ScaleGraph
+from ddinit.trained_weights import load_weights
 from initialise import write_filled
-from scales import ScaleGraph
-from trained_weights import load_weights
 
 log = logging.getLogger("figure1")
 
@@ -52,7 +55,7 @@ class Rates(NamedTuple):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure what the command line names; return the exit status."""
-    parser = guarded.Parser(prog="figure1.py", description=__doc__.splitlines()[0])
+    parser = processes.Parser(prog="figure1.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("net", metavar="NET", help="definition: deploy or train_val, any dialect")
     add("named", metavar="NAME=WEIGHTS", nargs="+", type=_named,
@@ -66,8 +69,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add("--json", metavar="FILE.json", help="everything that was measured")
     argument_types.add_device(parser)
     arguments = parser.parse_args(argv)
-    guarded.log_to_stderr()
-    return guarded.command_line(lambda given: _run(given, argv), arguments, parser.prog)
+    processes.log_to_stderr()
+    return processes.command_line(lambda given: _run(given, argv), arguments, parser.prog)
 
 
 def _named(text: str) -> Tuple[str, str]:
@@ -80,7 +83,7 @@ def _named(text: str) -> Tuple[str, str]:
 def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
     for path in (arguments.figure, arguments.json):
         if path is not None:
-            guarded.check_writable(path)
+            files.check_writable(path)
     names = [name for name, _ in arguments.named]
     if len(set(names)) < len(names):
         raise ValueError("two initialisations have one name: %s" % ", ".join(names))
@@ -91,7 +94,7 @@ def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
     order = np.random.default_rng(arguments.seed).permutation(len(paths))
     chosen = [paths[index] for index in np.sort(order[:wanted])]
     device = caffe_net.choose_device(arguments.cpu, arguments.gpu)
-    found = {name: guarded.in_child(measure, arguments.net, weights, chosen, arguments.seed,
+    found = {name: processes.in_child(measure, arguments.net, weights, chosen, arguments.seed,
                                     device) for name, weights in arguments.named}
     print("\n".join(table(found)))
     if arguments.json is not None:
@@ -117,10 +120,10 @@ def measure(net: str, weights: str, paths: Sequence[str], seed: int,
     """
     caffe_net.use_device(device)
     size, batches = session.batches_of(len(paths), MOST_A_BATCH, len(paths))
-    working, image = definitions.working_definition(
-        definitions.read_definition(_definition(net, weights)), size)
+    working, image = working_definition(
+        read_definition(_definition(net, weights)), size)
     assert image is not None  # because we asked for a batch
-    definitions.spare_weight_gradients(working, change_rates.per_image)
+    spare_weight_gradients(working, change_rates.per_image)
     measured = WorkingNet(working, image)
     _load(measured, net, weights, seed)
     feed = caffe_net.ImageFeed(paths[:size * batches], image.shape, MEAN, 1.0)

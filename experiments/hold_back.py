@@ -14,7 +14,7 @@ from typing import Any, Optional, Sequence
 import numpy as np
 import scipy.io
 
-import guarded
+from ddinit import files, processes
 from proposals import read_mat
 from voc import Voc
 
@@ -24,12 +24,12 @@ FLAGS = {-1: "-1", 0: " 0", 1: " 1"}
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Write the folder that the command line names; return the exit status."""
-    parser = guarded.Parser(prog="hold_back.py", description=(__doc__ or "").splitlines()[0])
+    parser = processes.Parser(prog="hold_back.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("voc", metavar="VOC", help="folder in VOC's layout, with train and val")
     parser.add_argument("out", metavar="OUT", help="folder to write; made where it is missing")
     parser.add_argument("--proposals", metavar="FILE.mat",
                         help="the selective-search file of VOC's trainval")
-    return guarded.command_line(run, parser.parse_args(argv), parser.prog)
+    return processes.command_line(run, parser.parse_args(argv), parser.prog)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _write(path: str, lines: Sequence[str]) -> None:
-    with guarded.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with files.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
 
 
@@ -66,7 +66,7 @@ def _write_mat(path: str, images: Sequence[str], boxes: Sequence[np.ndarray]) ->
     cells: Any = np.empty((1, len(images)), object)
     for number, rows in enumerate(boxes):
         cells[0, number] = rows[:, [1, 0, 3, 2]] + 1
-    with guarded.replacing(path) as temporary, open(temporary, "wb") as file:
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
         scipy.io.savemat(file, {"boxes": cells, "images": np.array(
             [[image] for image in images], object)}, do_compression=True)
 

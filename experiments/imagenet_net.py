@@ -10,9 +10,8 @@ from typing import Any, List, NamedTuple
 
 import numpy as np
 
-import definitions
 import training_net
-from definitions import Input, caffe_messages
+from ddinit.prototxt import Input, caffe_messages, image_layers, output_blobs
 
 AUXILIARY_WEIGHT = 0.3
 FINAL_LOSS, ERROR = "final_loss", "training_error"
@@ -55,10 +54,10 @@ def classifier(definition: Any, batch_size: int, classes: int, zero_last: bool =
     `zero_last` makes the layers that compute them start at 0 (section 4.5).
     Raises ValueError naming an output that no layer with weights computes.
     """
-    layers, image = definitions.image_layers(definition, batch_size)
+    layers, image = image_layers(definition, batch_size)
     assert image is not None  # it is, where a batch size is given
     kept = [training_net.plain(layer) for layer in layers]
-    outputs = definitions.outputs(kept)
+    outputs = output_blobs(kept)
     last_layers = []
     for output in outputs:
         last = [layer for layer in kept if output in layer.top][0]

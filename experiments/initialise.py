@@ -22,13 +22,11 @@ from typing import Any, List, Optional, Sequence
 
 import numpy as np
 
-import argument_types
-import definitions
-import guarded
 import magic_init
 import training_net
-from definitions import import_caffe
-from trained_weights import check_filled
+from ddinit import argument_types, files, processes
+from ddinit.prototxt import build_net, image_layers, import_caffe, read_definition
+from ddinit.trained_weights import check_filled
 from voc_lmdb import open_voc
 
 FILLED = ("gaussian", "reference", "xavier", "msra")
@@ -42,11 +40,11 @@ MOST_A_BATCH = 16  # images
 
 def initialise(arguments: argparse.Namespace) -> int:
     """Write the initialised net; return the exit status."""
-    guarded.check_writable(arguments.output)
+    files.check_writable(arguments.output)
     scaling = arguments.scaling or ("both" if arguments.method.startswith("ours-") else "none")
     if arguments.method in FILLED and scaling == "none":
-        with guarded.replacing(arguments.output) as temporary:
-            guarded.in_child(write_filled, arguments.net, temporary, arguments.method,
+        with files.replacing(arguments.output) as temporary:
+            processes.in_child(write_filled, arguments.net, temporary, arguments.method,
                              arguments.seed)
         logging.info("wrote %s", arguments.output)
         return 0
@@ -60,7 +58,7 @@ def initialise(arguments: argparse.Namespace) -> int:
             command += ["--type", OURS[arguments.method], *SCALINGS[scaling]]
         else:
             filled = os.path.join(folder, "filled.caffemodel")
-            guarded.in_child(write_filled, arguments.net, filled, arguments.method,
+            processes.in_child(write_filled, arguments.net, filled, arguments.method,
                              arguments.seed)
             command += ["--load", filled, "--calibrate"]
         return magic_init.main(command)
@@ -68,7 +66,7 @@ def initialise(arguments: argparse.Namespace) -> int:
 
 def write_filled(net: str, output: str, method: str, seed: int) -> None:
     """Write the weights that Caffe's fillers draw for a method of FILLED.  Runs in a child."""
-    layers, image = definitions.image_layers(definitions.read_definition(net), 1)
+    layers, image = image_layers(read_definition(net), 1)
     assert image is not None  # because we asked for a batch of 1
     whole = training_net.input_net([training_net.plain(layer) for layer in layers], image)
     for layer in whole.layer:
@@ -76,7 +74,7 @@ def write_filled(net: str, output: str, method: str, seed: int) -> None:
             _set_fillers(layer, method)
     check_filled(whole, [layer.name for layer in whole.layer])
     import_caffe().set_random_seed(seed)
-    definitions.build(whole).save(output)
+    build_net(whole).save(output)
 
 
 def _set_fillers(layer: Any, method: str) -> None:
@@ -126,7 +124,7 @@ def _device(arguments: argparse.Namespace) -> List[str]:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Initialise as the command line says; return the exit status."""
-    parser = guarded.Parser(prog="initialise.py", description=__doc__.splitlines()[0])
+    parser = processes.Parser(prog="initialise.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("net", metavar="NET", help="definition: deploy or train_val, any dialect")
     add("output", metavar="OUT", help="caffemodel to write; OUT.prototxt beside it where scaling "
@@ -141,8 +139,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         help="images to look at (default %(default)d)")
     add("--seed", type=argument_types.natural, default=0, metavar="N", help="default %(default)d")
     argument_types.add_device(parser)
-    guarded.log_to_stderr()
-    return guarded.command_line(initialise, parser.parse_args(argv), "initialise.py")
+    processes.log_to_stderr()
+    return processes.command_line(initialise, parser.parse_args(argv), "initialise.py")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,10 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-import argument_types
-import blas
-import guarded
 import neighbour_pages
-import results
-from argument_types import count
-from caffe_net import choose_device
+from ddinit import argument_types, blas, processes, results
+from ddinit.argument_types import count
+from ddinit.caffe_net import choose_device
 from features import FeatureNet, cached_features
 from image_batches import MEAN
 
@@ -41,7 +38,7 @@ class Neighbours(NamedTuple):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Find and show the neighbours that the command line asks for; return the exit status."""
-    parser = guarded.Parser(description=__doc__.splitlines()[0])
+    parser = processes.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("net", metavar="NET.prototxt", help="definition of all models")
     parser.add_argument("weights", metavar="WEIGHTS.caffemodel", nargs="+", help="a model each")
     parser.add_argument("--queries", metavar="LIST", required=True,
@@ -61,8 +58,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     argument_types.add_workers(parser)
     argument_types.add_device(parser)
     arguments = parser.parse_args(argv)
-    guarded.log_to_stderr()
-    return guarded.command_line(lambda given: _run(given, argv), arguments, parser.prog)
+    processes.log_to_stderr()
+    return processes.command_line(lambda given: _run(given, argv), arguments, parser.prog)
 
 
 def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Sequence
 import cv2
 import numpy as np
 
-import guarded
+from ddinit import files
 
 SIDE = 96  # pixels of a picture's square in the montage
 GAP = 4  # pixels between pictures; three times as many behind a query
@@ -44,14 +44,14 @@ def write(folder: str, name: str, rows: Sequence[Dict[str, Any]]) -> None:
     `rows` hold 'query', a path, and 'neighbours', dictionaries of 'image' and 'cosine'.
     """
     images = [[row["query"]] + [found["image"] for found in row["neighbours"]] for row in rows]
-    with guarded.replacing(os.path.join(folder, name + ".png")) as temporary:
+    with files.replacing(os.path.join(folder, name + ".png")) as temporary:
         encoded = cv2.imencode(".png", montage(images))[1]
         with open(temporary, "wb") as file:
             file.write(encoded.tobytes())
     os.makedirs(os.path.join(folder, "pictures"), exist_ok=True)
     text = PAGE % {"name": html.escape(name), "side": PICTURE,
                    "rows": "\n".join(_row(folder, row) for row in rows)}
-    with guarded.replacing(os.path.join(folder, name + ".html")) as temporary, \
+    with files.replacing(os.path.join(folder, name + ".html")) as temporary, \
             open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
 
@@ -85,7 +85,7 @@ def _cell(folder: str, path: str, caption: str) -> str:
     name = "pictures/%s.jpg" % digest[:16]
     target = os.path.join(folder, name)
     if not os.path.exists(target):
-        with guarded.replacing(target) as temporary, open(temporary, "wb") as file:
+        with files.replacing(target) as temporary, open(temporary, "wb") as file:
             file.write(cv2.imencode(".jpg", _shrunk(path, PICTURE))[1].tobytes())
     shown = html.escape(os.path.basename(path))
     return '<td><img src="%s" alt="%s" title="%s"><br>%s</td>' % (name, shown, shown, caption)

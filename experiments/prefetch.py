@@ -19,7 +19,7 @@ from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Set, Tup
 
 import numpy as np
 
-from guarded import die_with_parent
+from ddinit.processes import die_with_parent
 
 ALIGNMENT = 64  # bytes; where an array in shared memory starts
 

@@ -21,9 +21,9 @@ import numpy as np
 import scipy.io
 from tqdm import tqdm
 
-import guarded
 import run_folder
-from argument_types import count
+from ddinit import files, processes
+from ddinit.argument_types import count
 from voc import Voc
 
 COMPUTED = "selective-search"  # in place of a file's name: compute them
@@ -180,7 +180,7 @@ def _searched(paths: Sequence[str], search: Search, cache: str,
 
 
 def _begin() -> None:
-    guarded.die_with_parent()
+    processes.die_with_parent()
     cv2.setNumThreads(1)  # the processes are the parallelism
 
 
@@ -192,7 +192,7 @@ def _search_file(path: str, search: Search, cache: str) -> None:
     found = find(image, search)
     if not len(found):
         raise ValueError("%s: selective search finds no boxes in it" % path)
-    with guarded.replacing(target) as temporary, open(temporary, "wb") as file:
+    with files.replacing(target) as temporary, open(temporary, "wb") as file:
         np.save(file, found)
 
 
@@ -253,12 +253,12 @@ def search_of(arguments: argparse.Namespace) -> Search:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Compute the proposals of splits into the cache; return the exit status."""
-    parser = guarded.Parser(prog="proposals.py", description=(__doc__ or "").splitlines()[0])
+    parser = processes.Parser(prog="proposals.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("voc", metavar="VOC", help="folder in VOC's layout")
     parser.add_argument("splits", metavar="SPLIT", nargs="+", help="such as trainval")
     add_arguments(parser)
-    guarded.log_to_stderr()
-    return guarded.command_line(_run, parser.parse_args(argv), parser.prog)
+    processes.log_to_stderr()
+    return processes.command_line(_run, parser.parse_args(argv), parser.prog)
 
 
 def _run(arguments: argparse.Namespace) -> None:

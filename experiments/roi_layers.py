@@ -19,9 +19,9 @@ import numba
 import numpy as np
 
 import boxes
-import definitions
+from ddinit.prototxt import import_caffe
 
-caffe: Any = definitions.import_caffe()
+caffe: Any = import_caffe()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -22,9 +22,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from matplotlib.figure import Figure
 
-import guarded
-import results
-from definitions import caffe_messages
+from ddinit import files, results
+from ddinit.prototxt import caffe_messages
 
 KEPT_SNAPSHOTS = 2
 
@@ -272,7 +271,7 @@ def draw_curve(folder: str) -> None:
         axis.set_ylabel(name)
     axes[-1, 0].set_xlabel("iteration")
     figure.tight_layout()
-    with guarded.replacing(os.path.join(folder, "curve.png")) as temporary:
+    with files.replacing(os.path.join(folder, "curve.png")) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 

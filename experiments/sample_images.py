@@ -16,15 +16,15 @@ from typing import List, Optional, Sequence
 
 import numpy as np
 
-import guarded
-from argument_types import count, natural
+from ddinit import files, processes
+from ddinit.argument_types import count, natural
 from nearest_neighbours import read_paths
 from voc import Voc
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Draw the images that the command line asks for; return the exit status."""
-    parser = guarded.Parser(prog="sample_images.py", description=__doc__.splitlines()[0])
+    parser = processes.Parser(prog="sample_images.py", description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--voc", metavar="DIR", help="folder in VOC's layout to draw from")
     source.add_argument("--list", metavar="FILE", help="list of lines 'path' or 'path label'")
@@ -40,8 +40,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = parser.parse_args(argv)
     if len(arguments.count) != len(arguments.out):
         parser.error("--count and --out need one value for each set of images")
-    guarded.log_to_stderr()
-    return guarded.command_line(run, arguments, parser.prog)
+    processes.log_to_stderr()
+    return processes.command_line(run, arguments, parser.prog)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _write_list(paths: List[str], out: str) -> None:
-    with guarded.replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with files.replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write("".join(path + "\n" for path in paths))
 
 

@@ -27,13 +27,12 @@ import cv2
 import numpy as np
 
 import curves
-import guarded
 import image_database
-import results
 import study_data
 import train_imagenet
-from argument_types import count
-from definitions import caffe_messages
+from ddinit import processes, results
+from ddinit.argument_types import count
+from ddinit.prototxt import caffe_messages
 from training import train
 
 log = logging.getLogger("small_curves")
@@ -79,7 +78,7 @@ class Trial(NamedTuple):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train all cases and draw them; return the exit status."""
-    parser = guarded.Parser(prog="small_curves.py", description=__doc__.splitlines()[0])
+    parser = processes.Parser(prog="small_curves.py", description=__doc__.splitlines()[0])
     study_data.add_arguments(parser)
     parser.add_argument("--seeds", metavar="N", type=count, default=3,
                         help="trials of each case (default: %(default)d)")
@@ -88,8 +87,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--validate-every", metavar="N", type=count, default=50,
                         help="iterations between two points of a curve (default: %(default)d)")
     arguments = parser.parse_args(argv)
-    guarded.log_to_stderr()
-    return guarded.command_line(lambda given: _run(given, argv), arguments, parser.prog)
+    processes.log_to_stderr()
+    return processes.command_line(lambda given: _run(given, argv), arguments, parser.prog)
 
 
 def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
@@ -164,7 +163,7 @@ def run_trial(trial: Trial, arguments: argparse.Namespace) -> None:
         if not os.path.exists(weights):
             initialise(trial, definition, weights, os.path.join(arguments.out, "images"))
     try:
-        guarded.in_child(_train, training_options(trial, definition, weights, arguments))
+        processes.in_child(_train, training_options(trial, definition, weights, arguments))
     except ValueError as error:
         if not ended(trial, arguments.iterations):
             raise ValueError("%s: %s" % (trial.folder, error)) from error

@@ -19,13 +19,12 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import yaml  # type: ignore[import-untyped]
 
-import definitions
-import guarded
-import results
 import study_data
 import study_report
 import training_net
 from cells import METHODS, SCALINGS
+from ddinit import processes, results
+from ddinit.prototxt import image_layers, read_definition, write_definition
 from run_folder import sha256
 from study_trial import Trial, finished, run_trial
 
@@ -63,13 +62,13 @@ class Study(NamedTuple):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the study; return the exit status."""
-    parser = guarded.Parser(prog="study.py", description=__doc__.splitlines()[0])
+    parser = processes.Parser(prog="study.py", description=__doc__.splitlines()[0])
     study_data.add_arguments(parser)
     parser.add_argument("--config", metavar="FILE.yaml", default=os.path.join(HERE, "study.yaml"),
                         help="what to run (default: study.yaml beside this script)")
     arguments = parser.parse_args(argv)
-    guarded.log_to_stderr()
-    return guarded.command_line(lambda given: _run(given, argv), arguments, parser.prog)
+    processes.log_to_stderr()
+    return processes.command_line(lambda given: _run(given, argv), arguments, parser.prog)
 
 
 def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
@@ -149,8 +148,8 @@ def prepare(path: str, settings: Dict[str, Any], rows: Sequence[Initialisation],
     Raises ValueError where data and net do not fit.
     """
     data = study_data.read(path)
-    read = definitions.read_definition(settings["net"])
-    layers, image = definitions.image_layers(read, 1)
+    read = read_definition(settings["net"])
+    layers, image = image_layers(read, 1)
     assert image is not None  # because we asked for a batch of 1
     if tuple(image.shape[1:]) != (3,) + data.train_images.shape[1:3]:
         raise ValueError("%s: images of %d x %d pixels, %s takes %s" % (
@@ -160,7 +159,7 @@ def prepare(path: str, settings: Dict[str, Any], rows: Sequence[Initialisation],
     getattr(last, training_net.AFFINE[last.type]).num_output = data.classes
     os.makedirs(out, exist_ok=True)
     definition = os.path.join(out, "net.prototxt")
-    definitions.write_definition(read, definition)
+    write_definition(read, definition)
     settings = {**settings, "data_sha256": sha256(path), "net_sha256": sha256(definition)}
     parts = {name: settings[name] for name in ("data_sha256", "validation_images", "pad")}
     done = os.path.join(out, "data", "data.json")
@@ -265,7 +264,7 @@ def _one(study: Study, row: Initialisation, rate: float, seed: int) -> Dict[str,
         os.path.join(study.out, "trials", row.name, "lr%g" % rate, "seed%d" % seed), rate, seed,
         study.settings, {"initialisation": row.name, "method": row.method,
                          "scaling": row.scaling})
-    found = finished(trial) or guarded.in_child(run_trial, trial)
+    found = finished(trial) or processes.in_child(run_trial, trial)
     return {**found, "folder": os.path.relpath(trial.folder, study.out)}
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, Tuple
 import cv2
 import numpy as np
 
-from argument_types import count
+from ddinit.argument_types import count
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 SPLIT_SEED = 0  # the split is the same for all trials: it is part of the data

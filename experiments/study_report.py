@@ -9,9 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import curves
-import guarded
-import results
 import run_folder
+from ddinit import files, results
 from study_trial import training_losses
 
 COLUMNS = ("initialisation", "method", "scaling", "tables", "learning_rate", "trials", "diverged",
@@ -89,7 +88,7 @@ def write(rows: Sequence[Any], trials: Sequence[Dict[str, Any]], measure_every: 
     results.write_csv(os.path.join(out, "study.csv"), COLUMNS,
                       [[line[column] for column in COLUMNS] for line in lines])
     path = os.path.join(out, "study.md")
-    with guarded.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with files.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(markdown(lines))
     draw(rows, lines, trials, measure_every, out)
 
@@ -121,7 +120,7 @@ def draw(rows: Sequence[Any], lines: Sequence[Dict[str, Any]],
             axis.grid(alpha=0.3)
         left.legend(fontsize=7, loc="upper right")
     figure.tight_layout()
-    with guarded.replacing(os.path.join(out, "study.png")) as temporary:
+    with files.replacing(os.path.join(out, "study.png")) as temporary:
         figure.savefig(temporary, format="png", dpi=75)
 
 

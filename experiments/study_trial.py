@@ -7,13 +7,19 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-import definitions
-import results
 import run_folder
 import training_net
-from definitions import Input, caffe_messages
+from ddinit import results
+from ddinit.prototxt import (
+    Input,
+    build_net,
+    caffe_messages,
+    image_layers,
+    output_blobs,
+    read_definition,
+)
+from ddinit.trained_weights import load_weights
 from image_batches import ArrayImages, Crops, prepared
-from trained_weights import load_weights
 from training import Measurement, Plan, train
 
 TEST_BATCH = 100
@@ -104,7 +110,7 @@ def _diverged(folder: str) -> Optional[int]:
 def test_accuracy(trial: Trial) -> float:
     """Return the accuracy of a trained net on the test images."""
     net, image = scoring_net(trial.definition)
-    tested = definitions.build(net)
+    tested = build_net(net)
     load_weights(tested, os.path.join(trial.folder, "final.caffemodel"))
     return scores(tested, image, ArrayImages(os.path.join(trial.data, "test.npz"), "images",
                                              "labels")).accuracy
@@ -137,7 +143,7 @@ def solver(trial: Trial) -> Any:
 
 def classification_net(trial: Trial, image: Input) -> Any:
     """Return the NetParameter that trains on random crops, mirrored half of the time."""
-    layers = score_layers(definitions.read_definition(trial.definition))
+    layers = score_layers(read_definition(trial.definition))
     crops = Crops(image.shape[2], image.shape[3], min_scale=1.0, max_scale=1.0)
     source = training_net.image_source_layer(
         image.blob, [image.blob, "label"], "image_batches.ArrayImages",
@@ -150,16 +156,16 @@ def classification_net(trial: Trial, image: Input) -> Any:
 
 def scoring_net(definition: str) -> Tuple[Any, Input]:
     """Return the NetParameter that computes class scores of TEST_BATCH images, and its input."""
-    read = definitions.read_definition(definition)
-    _, image = definitions.image_layers(read, TEST_BATCH)
+    read = read_definition(definition)
+    _, image = image_layers(read, TEST_BATCH)
     assert image is not None  # because we asked for a batch
     return training_net.input_net(score_layers(read), image), image
 
 
 def score_layers(definition: Any) -> List[Any]:
     """Return the layers of a definition down to its last scores."""
-    layers, _ = definitions.image_layers(definition, 1)
-    kept = training_net.needed_for(layers, definitions.outputs(layers)[-1])
+    layers, _ = image_layers(definition, 1)
+    kept = training_net.needed_for(layers, output_blobs(layers)[-1])
     return [training_net.plain(layer) for layer in kept]
 
 

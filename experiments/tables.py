@@ -15,9 +15,8 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import yaml  # type: ignore[import-untyped]
 
-import guarded
-import results
 from cells import TABLES, Cell, Places, Table
+from ddinit import files, processes, results
 
 CSV_COLUMNS = ("row", "column", "paper", "ours", "difference", "standard_error", "seeds",
                "learning_rate", "note")
@@ -52,15 +51,15 @@ class Entry(NamedTuple):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Write the tables that the command line names; return the exit status."""
-    parser = guarded.Parser(prog="tables.py", description=__doc__.splitlines()[0])
+    parser = processes.Parser(prog="tables.py", description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="+", choices=sorted(TABLES), metavar="TABLE",
                         help="which: %(choices)s")
     parser.add_argument("--config", required=True, metavar="FILE.yaml",
                         help="the configuration that the runs were made with")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
     arguments = parser.parse_args(argv)
-    guarded.log_to_stderr()
-    return guarded.command_line(run, arguments, parser.prog)
+    processes.log_to_stderr()
+    return processes.command_line(run, arguments, parser.prog)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -190,7 +189,7 @@ def _csv_row(found: Entry) -> List[object]:
 
 
 def _write(path: str, text: str) -> None:
-    with guarded.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with files.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
 
 

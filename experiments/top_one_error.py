@@ -4,7 +4,7 @@
 """
 from typing import Any, Sequence
 
-from definitions import import_caffe
+from ddinit.prototxt import import_caffe
 from imagenet_net import error_rate
 
 caffe: Any = import_caffe()

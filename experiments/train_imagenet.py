@@ -20,15 +20,13 @@ import os
 import sys
 from typing import Any, List, NamedTuple, Optional, Sequence
 
-import argument_types
-import definitions
-import guarded
 import imagenet_net
 import run_folder
 import training_options
-from argument_types import count, natural, positive
-from caffe_net import choose_device
-from definitions import caffe_messages
+from ddinit import argument_types, processes
+from ddinit.argument_types import count, natural, positive
+from ddinit.caffe_net import choose_device
+from ddinit.prototxt import caffe_messages, read_definition
 from image_batches import MEAN, Crops
 from imagenet_curves import Curves
 from lmdb_images import LmdbImages
@@ -70,7 +68,7 @@ POWER = 0.5  # of the policy "poly"
 
 def run_training(arguments: argparse.Namespace, gpus: List[int]) -> int:
     """Train as the command line says; return the exit status.  Runs in a child process."""
-    guarded.log_to_stderr()
+    processes.log_to_stderr()
     curves = validation(arguments)
     plan = training_plan(arguments, gpus, curves)
     try:
@@ -84,7 +82,7 @@ def run_training(arguments: argparse.Namespace, gpus: List[int]) -> int:
 
 def validation(arguments: argparse.Namespace) -> Curves:
     """Return what measures the validation set."""
-    net = imagenet_net.classifier(definitions.read_definition(arguments.net), arguments.batch_size,
+    net = imagenet_net.classifier(read_definition(arguments.net), arguments.batch_size,
                                   arguments.classes)
     return Curves(arguments.folder, arguments.validate_every, net,
                   os.path.abspath(arguments.val), arguments.classes, crops_of(net, arguments),
@@ -97,7 +95,7 @@ def training_plan(arguments: argparse.Namespace, gpus: List[int], curves: Curves
     if rest:
         raise ValueError("batches of %d images cannot be shared by %d GPUs"
                          % (arguments.batch_size, len(gpus)))
-    net = imagenet_net.classifier(definitions.read_definition(arguments.net), share,
+    net = imagenet_net.classifier(read_definition(arguments.net), share,
                                   arguments.classes, arguments.zero_last)
     check_preset(net, arguments.preset, arguments.net)
     data = {"path": os.path.abspath(arguments.train), "classes": arguments.classes}
@@ -167,7 +165,7 @@ def solver_parameters(arguments: argparse.Namespace) -> Any:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train; return the exit status: 2 after an error, 130 and 143 after a signal."""
-    return guarded.command_line(_run, parse(argv), "train_imagenet.py")
+    return processes.command_line(_run, parse(argv), "train_imagenet.py")
 
 
 def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -189,11 +187,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if not gpus:
         chosen = choose_device(arguments.cpu, None)
         gpus = [] if chosen is None else [chosen]
-    return guarded.in_child(run_training, arguments, gpus)
+    return processes.in_child(run_training, arguments, gpus)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = guarded.Parser(prog="train_imagenet.py",
+    parser = processes.Parser(prog="train_imagenet.py",
                             description=__doc__.splitlines()[0])
     add = parser.add_argument
     training_options.add_run(parser, "curves.csv, log.csv, run.json, snapshots and "

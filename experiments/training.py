@@ -1,7 +1,7 @@
 """The one training loop of the experiments (paper, section 4): pycaffe solvers, resumable.
 
 Interface (stable): describe a run as a `Plan`, call `train(plan)` in a process that Caffe may
-abort (guarded.in_child), turn its `Outcome` into an exit status with `exit_status`.
+abort (processes.in_child), turn its `Outcome` into an exit status with `exit_status`.
 
 What feeds the net is part of the net: data layers, or Python layers such as ImageSource.  A Python
 layer may have `begin(batch)`, called before the first step with the number of batches that the run
@@ -25,14 +25,12 @@ import numpy as np
 from google.protobuf import text_format
 from tqdm import tqdm
 
-import definitions
-import guarded
-import results
 import run_folder
 import training_net
-from caffe_net import use_device
-from definitions import caffe_messages, import_caffe
-from trained_weights import check_filled, copy_weights, load_weights
+from ddinit import files, processes, results
+from ddinit.caffe_net import use_device
+from ddinit.prototxt import build_net, caffe_messages, check_types, import_caffe, write_definition
+from ddinit.trained_weights import check_filled, copy_weights, load_weights
 
 LOG_SECONDS = 60  # between two lines of progress where there is no terminal
 
@@ -158,7 +156,7 @@ class _Run:
         self.measured_net: Any = None
         if plan.measurement is not None:
             self.curves = run_folder.Table(os.path.join(plan.folder, "curves.csv"), solver.iter)
-            self.measured_net = definitions.build(plan.measurement.net)
+            self.measured_net = build_net(plan.measurement.net)
         self.seconds_before = float(self.log.last.get("seconds", 0.0))
         self.started = time.monotonic()
 
@@ -247,7 +245,7 @@ class _Run:
             run_folder.save_snapshot(self.solver, self.plan.folder)
 
     def _save_weights(self, path: str) -> None:
-        with self._folded(), guarded.replacing(path) as temporary:
+        with self._folded(), files.replacing(path) as temporary:
             self.solver.net.save(temporary)
 
     @contextlib.contextmanager
@@ -392,7 +390,7 @@ def _with_batch_statistics(plan: Plan) -> Plan:
 
 
 def _check(plan: Plan) -> None:
-    definitions.check_types(plan.net)
+    check_types(plan.net)
     if plan.iterations < 1:
         raise ValueError("iterations must be at least 1, not %d" % plan.iterations)
     if not 0 <= plan.seed < 2 ** 31:
@@ -432,7 +430,7 @@ def _what_repeats(plan: Plan) -> Dict[str, Any]:
 def _write_definitions(plan: Plan) -> str:
     """Write train_val.prototxt and solver.prototxt; return a solver file that names absolutely."""
     net = os.path.join(plan.folder, "train_val.prototxt")
-    definitions.write_definition(plan.net, net)
+    write_definition(plan.net, net)
     solver = caffe_messages().SolverParameter()
     solver.CopyFrom(plan.solver)
     solver.net = os.path.basename(net)
@@ -441,13 +439,13 @@ def _write_definitions(plan: Plan) -> str:
     solver.display = 0
     solver.snapshot = 0
     solver.snapshot_prefix = "snapshot"
-    definitions.write_definition(solver, os.path.join(plan.folder, "solver.prototxt"),
+    write_definition(solver, os.path.join(plan.folder, "solver.prototxt"),
                                  "Paths are relative to this folder.")
     run_folder.make_hidden(plan.folder)
     solver.net = os.path.abspath(net)
     solver.snapshot_prefix = run_folder.snapshot_prefix(plan.folder)
     hidden = os.path.join(os.path.dirname(solver.snapshot_prefix), "solver.prototxt")
-    definitions.write_definition(solver, hidden)
+    write_definition(solver, hidden)
     return hidden
 
 
@@ -502,7 +500,7 @@ def _follow(gpus: List[int], rank: int, uid: Any, solver_file: str,
             snapshot: Optional[run_folder.Snapshot], seed: int, iterations: int,
             iter_size: int) -> None:
     """A further GPU's process: the same steps on its own part of the data."""
-    guarded.die_with_parent()
+    processes.die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the first process decides when to stop
     use_device(gpus[rank])

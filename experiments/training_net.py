@@ -13,8 +13,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Set
 
 import numpy as np
 
-import definitions
-from definitions import Input, caffe_messages, import_caffe
+from ddinit.prototxt import Input, caffe_messages, image_layers, import_caffe, output_blobs
 from image_batches import Crops
 
 SUFFIX = "_voc"  # of the last layer's name, so that no caffemodel of another task fits it
@@ -45,11 +44,11 @@ def classifier(definition: Any, batch_size: int, classes: int) -> Classifier:
     The new layer has the old one's name and SUFFIX; a layer that has it already keeps its name.
     Raises ValueError where the net does not take colour images or has no affine layer.
     """
-    layers, image = definitions.image_layers(definition, batch_size)
+    layers, image = image_layers(definition, batch_size)
     if image is None or image.shape[1] != 3:
         raise ValueError("the net's input '%s' has 1 channel, photographs have 3"
                          % (image.blob if image else ""))
-    scores = definitions.outputs(layers)[-1]
+    scores = output_blobs(layers)[-1]
     kept = [plain(layer) for layer in needed_for(layers, scores)]
     affine = [layer for layer in kept if layer.type in AFFINE]
     if not affine:

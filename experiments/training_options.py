@@ -4,7 +4,7 @@
 """
 import argparse
 
-from argument_types import count, natural
+from ddinit.argument_types import count, natural
 
 WRITTEN = "final.caffemodel, snapshots, log.csv, curve.png and run.json"
 

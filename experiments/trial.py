@@ -22,8 +22,7 @@ import subprocess
 import sys
 from typing import Any, Dict, List, Optional, Sequence
 
-import guarded
-import results
+from ddinit import processes, results
 
 log = logging.getLogger("trial")
 
@@ -37,7 +36,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     own, command = (given[:given.index("--")], given[given.index("--") + 1:]) \
         if "--" in given else (given, [])
-    parser = guarded.Parser(prog="trial.py", description=__doc__.splitlines()[0],
+    parser = processes.Parser(prog="trial.py", description=__doc__.splitlines()[0],
                             usage="%(prog)s train FOLDER | test FOLDER RESULT -- COMMAND")
     commands = parser.add_subparsers(dest="what", required=True)
     for name in ("train", "test"):
@@ -49,8 +48,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if not command:
         parser.error("no command: write it behind --")
     arguments.words = command
-    guarded.log_to_stderr()
-    return guarded.command_line(train if arguments.what == "train" else test, arguments,
+    processes.log_to_stderr()
+    return processes.command_line(train if arguments.what == "train" else test, arguments,
                                 parser.prog)
 
 

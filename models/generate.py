@@ -13,7 +13,7 @@ import os
 import sys
 from typing import Dict, NamedTuple, Optional, Sequence
 
-import guarded
+from ddinit import files, processes
 from layer_text import (
     MSRA,
     XAVIER,
@@ -42,15 +42,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", metavar="DIR", default=os.path.dirname(os.path.abspath(__file__)),
                         help="folder that receives NET/*.prototxt (default: this script's)")
-    guarded.log_to_stderr()
-    return guarded.command_line(_run, parser.parse_args(argv), parser.prog)
+    processes.log_to_stderr()
+    return processes.command_line(_run, parser.parse_args(argv), parser.prog)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     for name, text in definitions().items():
         path = os.path.join(arguments.to, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with guarded.replacing(path) as temporary, open(temporary, "w") as file:
+        with files.replacing(path) as temporary, open(temporary, "w") as file:
             file.write(text)
         log.info("wrote %s", path)
 

@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 from toy_nets import image_input, layer
 
-import definitions
 import magic_init
+from ddinit.prototxt import caffe_messages, import_caffe
 
 SIDE = 16
 MEAN = (104.0, 117.0, 123.0)
@@ -93,7 +93,7 @@ def run_file(capsys: Any, folder: Any, prototxt: str, *options: str, name: str =
 def plain_outputs(prototxt: str, caffemodel: str, images: np.ndarray,
                   blob: str = "data") -> Dict[str, np.ndarray]:
     """The first top of every layer, by plain Caffe with the written files."""
-    caffe = definitions.import_caffe()
+    caffe = import_caffe()
     net = caffe.Net(prototxt, caffe.TEST, weights=caffemodel)
     net.blobs[blob].reshape(*images.shape)
     net.reshape()
@@ -113,7 +113,7 @@ def by_channel(outputs: np.ndarray) -> np.ndarray:
 
 def stored_weights(caffemodel: str) -> Dict[str, List[np.ndarray]]:
     """The blobs of every layer in a caffemodel, read by protobuf alone."""
-    net = definitions.caffe_messages().NetParameter()
+    net = caffe_messages().NetParameter()
     with open(caffemodel, "rb") as file:
         net.ParseFromString(file.read())
     return {one.name: [np.array(blob.data, np.float32).reshape(tuple(blob.shape.dim))
@@ -122,7 +122,7 @@ def stored_weights(caffemodel: str) -> Dict[str, List[np.ndarray]]:
 
 def remove_layers(caffemodel: str, path: str, *names: str) -> str:
     """Write a caffemodel without some layers; return its path."""
-    net = definitions.caffe_messages().NetParameter()
+    net = caffe_messages().NetParameter()
     with open(caffemodel, "rb") as file:
         net.ParseFromString(file.read())
     kept = [one for one in net.layer if one.name not in names]
@@ -140,5 +140,5 @@ def bytes_of(path: str) -> bytes:
 
 
 def here(function: Any, *arguments: Any) -> Any:
-    """In place of guarded.in_child, where nothing can abort: it spares the child's start."""
+    """In place of processes.in_child, where nothing can abort: it spares the child's start."""
     return function(*arguments)

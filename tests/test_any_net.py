@@ -22,19 +22,18 @@ from initialised import (
 )
 from toy_nets import image_input, layer, working_net
 
-import change_rates
-import definitions
-import guarded
 import image_database
 import magic_init
-from scales import ScaleGraph
+from ddinit import change_rates, processes
+from ddinit.prototxt import import_caffe
+from ddinit.scales import ScaleGraph
 
 FC = "inner_product_param { num_output: %d }"
 
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch):
-    monkeypatch.setattr(guarded, "in_child", here)
+    monkeypatch.setattr(processes, "in_child", here)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +109,7 @@ def raw(images):
 
 def write_hdf5(path, data):
     """Write a dataset 'data' with Caffe's own HDF5Output layer, which takes two blobs."""
-    caffe = definitions.import_caffe()
+    caffe = import_caffe()
     definition = path + ".prototxt"
     shape = " ".join("dim: %d" % one for one in data.shape)
     with open(definition, "w") as file:

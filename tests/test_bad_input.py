@@ -11,9 +11,9 @@ import pytest
 from initialised import BODY, CONV, DATA, RELU, TOY, here, remove_layers, run, write_images
 from toy_nets import image_input, layer
 
-import definitions
-import guarded
 import magic_init
+from ddinit import processes
+from ddinit.prototxt import caffe_messages
 
 OLD = b"precious"
 
@@ -37,7 +37,7 @@ def caffemodel(tmp_path_factory, images):
 def refused(capsys, tmp_path, images, monkeypatch):
     """Run the command and assert that it ends as every error must; return what it said."""
     def run_and_check(definition, *options, data=images):
-        monkeypatch.setattr(guarded, "in_child", here)  # nothing of this aborts
+        monkeypatch.setattr(processes, "in_child", here)  # nothing of this aborts
         output = tmp_path / "out.caffemodel"
         if not output.exists():
             output.write_bytes(OLD)
@@ -85,7 +85,7 @@ def test_definitions_that_cannot_be_used_are_named(refused, text, message):
 
 
 def test_a_definition_that_is_not_there_or_no_text_is_named(tmp_path, capsys, images, monkeypatch):
-    monkeypatch.setattr(guarded, "in_child", here)
+    monkeypatch.setattr(processes, "in_child", here)
     missing = str(tmp_path / "missing.prototxt")
     assert magic_init.main([missing, str(tmp_path / "o.caffemodel"), "-d", images]) == 2
     assert capsys.readouterr().err == "magic_init: error: %s: no such file\n" % missing
@@ -188,7 +188,7 @@ def test_files_that_are_no_caffemodels_are_named(refused, caffemodel, tmp_path, 
 @pytest.mark.parametrize("options", [(), ("-cs",)], ids=["", "calibrated"])
 def test_weights_that_are_not_finite_are_told_with_their_layer(refused, caffemodel, tmp_path, value,
                                                               options):
-    net = definitions.caffe_messages().NetParameter()
+    net = caffe_messages().NetParameter()
     with open(caffemodel, "rb") as file:
         net.ParseFromString(file.read())
     next(one for one in net.layer if one.name == "fc3").blobs[0].data[5] = value
@@ -218,7 +218,7 @@ def test_without_images_a_net_has_to_feed_itself(refused):
 
 
 def test_constant_images_leave_finite_weights_and_a_warning(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(guarded, "in_child", here)
+    monkeypatch.setattr(processes, "in_child", here)
     folder = tmp_path / "grey"
     folder.mkdir()
     for number in range(4):
@@ -229,14 +229,14 @@ def test_constant_images_leave_finite_weights_and_a_warning(capsys, tmp_path, mo
         assert found.status == 0, found.err
         assert "layer 'conv1': 8 channels are constant over all images" in found.err
         assert found.layers["conv1"]["dead"] == 8
-        net = definitions.caffe_messages().NetParameter()
+        net = caffe_messages().NetParameter()
         with open(found.output, "rb") as file:
             net.ParseFromString(file.read())
         assert all(np.isfinite(blob.data).all() for one in net.layer for blob in one.blobs)
 
 
 def test_a_dead_channel_is_counted_and_the_others_are_normal(capsys, tmp_path, images, monkeypatch):
-    monkeypatch.setattr(guarded, "in_child", here)
+    monkeypatch.setattr(processes, "in_child", here)
     text = (DATA + layer("cut", "Threshold", "data", "", "threshold_param { threshold: 1e6 }")
             + layer("both", "Concat", "data cut")
             + layer("conv1", "Convolution", "both", "",
@@ -270,7 +270,7 @@ def test_cpu_and_gpu_exclude_each_other(refused):
 @pytest.mark.parametrize("flag", ["output", "--report", "--figure"])
 def test_places_that_cannot_be_written_are_named_before_any_work(tmp_path, capsys, images, flag,
                                                                 monkeypatch):
-    monkeypatch.setattr(guarded, "in_child", lambda *_: pytest.fail("it worked all the same"))
+    monkeypatch.setattr(processes, "in_child", lambda *_: pytest.fail("it worked all the same"))
     (tmp_path / "net.prototxt").write_text(TOY)
     bad = str(tmp_path / "nowhere" / "file")
     output = bad if flag == "output" else str(tmp_path / "o.caffemodel")
@@ -308,7 +308,7 @@ def test_no_file_of_a_command_is_written_over_another(refused, tmp_path, caffemo
 
 def test_a_caffemodel_may_be_written_over_the_one_it_came_from(capsys, tmp_path, images, caffemodel,
                                                                monkeypatch):
-    monkeypatch.setattr(guarded, "in_child", here)
+    monkeypatch.setattr(processes, "in_child", here)
     with open(caffemodel, "rb") as file:
         (tmp_path / "out.caffemodel").write_bytes(file.read())
     found = run(capsys, tmp_path, TOY, "-d", images, "-l", str(tmp_path / "out.caffemodel"), "-cs")
@@ -318,7 +318,7 @@ def test_a_caffemodel_may_be_written_over_the_one_it_came_from(capsys, tmp_path,
 
 def test_a_partly_loaded_net_names_what_it_lacks_only_in_the_table(capsys, tmp_path, images,
                                                                   caffemodel, monkeypatch):
-    monkeypatch.setattr(guarded, "in_child", here)
+    monkeypatch.setattr(processes, "in_child", here)
     part = remove_layers(caffemodel, str(tmp_path / "part.caffemodel"), "fc4")
     found = run(capsys, tmp_path, TOY, "-d", images, "-l", part)
     assert [line.split()[:2] for line in found.out.splitlines()[1:5]] == [

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from google.protobuf import text_format
 
-import definitions
 import training_net
+from ddinit.prototxt import build_net, caffe_messages, import_caffe
 
 NET = """
 force_backward: true
@@ -16,7 +16,7 @@ layer { name: "bn" type: "BatchNorm" bottom: "z" top: "%s"
 
 
 def parsed(top="y", options=""):
-    return text_format.Parse(NET % (top, options), definitions.caffe_messages().NetParameter())
+    return text_format.Parse(NET % (top, options), caffe_messages().NetParameter())
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def blind(monkeypatch):
 
 
 def stand_in(top="y"):
-    net = definitions.build(training_net.repaired(parsed(top)))
+    net = build_net(training_net.repaired(parsed(top)))
     net.blobs["x"].data[...] = np.random.default_rng(0).normal(5, 3, (4, 3, 2, 5))
     return net
 
@@ -71,7 +71,7 @@ def test_averages_kept_are_what_batchnorm_uses_in_tests(blind, tmp_path):
     net.save(str(tmp_path / "bn.caffemodel"))
     mean, variance = (sum(weight * f(batch, (0, 2, 3)) for weight, batch in zip((0.5, 1), x)) / 1.5
                       for f in (np.mean, lambda *a: np.var(*a, ddof=1)))
-    tested = definitions.build(parsed())
+    tested = build_net(parsed())
     tested.copy_from(str(tmp_path / "bn.caffemodel"))
     tested.blobs["x"].data[...] = x[0]
     tested.forward()
@@ -98,7 +98,7 @@ def test_nothing_is_replaced_where_batchnorm_works(monkeypatch):
 def test_in_training_a_net_normalises_by_its_batch_with_whatever_caffe_there_is(tmp_path):
     with open(str(tmp_path / "net.prototxt"), "w") as file:
         file.write(text_format.MessageToString(training_net.repaired(parsed())))
-    caffe = definitions.import_caffe()
+    caffe = import_caffe()
     net = caffe.Net(str(tmp_path / "net.prototxt"), caffe.TRAIN)
     net.blobs["x"].data[...] = np.random.default_rng(2).normal(-3, 7, (4, 3, 2, 5))
     net.forward()

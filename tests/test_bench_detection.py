@@ -4,7 +4,7 @@ import os
 import pytest
 
 import bench_detection
-import results
+from ddinit import results
 
 
 def test_every_part_is_timed_and_waiting_is_part_of_an_iteration(voc_folder, tmp_path, capsys,

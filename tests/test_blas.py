@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-import blas
+from ddinit import blas
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Whether a later library would get its matrix products from one that is open to all.
@@ -45,7 +45,7 @@ def printed(program, **variables):
 @pytest.mark.skipif(not blas._is_wheel(), reason="this Caffe is not the wheel from PyPI")
 @pytest.mark.parametrize("own_blas", [False, True])
 def test_the_wheel_borrows_scipys_blas_unless_told_otherwise(own_blas):
-    imported = "import definitions; definitions.import_caffe(own_blas=%s); " % own_blas
+    imported = "import definitions; import_caffe(own_blas=%s); " % own_blas
     assert printed(imported + LENT) == str(not own_blas)
 
 
@@ -65,7 +65,7 @@ def test_caffe_computes_the_same_with_either_blas(tmp_path):
                 convolution_param { num_output: 4 kernel_size: 3 } }""")
     program = """
 import numpy, definitions
-caffe = definitions.import_caffe(own_blas=%s)
+caffe = import_caffe(own_blas=%s)
 net = caffe.Net(%r, caffe.TEST)
 net.params['conv'][0].data[...] = numpy.random.default_rng(0).standard_normal((4, 3, 3, 3))
 net.blobs['data'].data[...] = numpy.random.default_rng(1).standard_normal((2, 3, 9, 9))

@@ -3,10 +3,9 @@ import numpy as np
 import pytest
 from toy_nets import parsed
 
-import caffemodel
-import definitions
-from definitions import caffe_messages
-from trained_weights import load_weights
+from ddinit import caffemodel
+from ddinit.prototxt import build_net, caffe_messages
+from ddinit.trained_weights import load_weights
 
 NET = """name: "toy"
 layer { name: "data" type: "Input" top: "data"
@@ -24,7 +23,7 @@ layer { name: "two" type: "InnerProduct" bottom: "conv" top: "two"
 @pytest.fixture
 def toy():
     definition = parsed(NET)
-    return definition, definitions.build(definition)
+    return definition, build_net(definition)
 
 
 def same(net, other):
@@ -42,7 +41,7 @@ def test_written_weights_are_read_by_caffe_bit_by_bit(tmp_path, toy, piece, monk
     definition, net = toy
     path = str(tmp_path / "saved.caffemodel")
     caffemodel.write(net, definition, path)
-    other = definitions.build(definition)
+    other = build_net(definition)
     assert not same(net, other)
     other.copy_from(path)
     assert same(net, other)
@@ -85,7 +84,7 @@ def test_weights_that_caffe_saved_are_read_bit_by_bit(tmp_path, toy):
     net.save(path)
     assert shapes(path) == {"conv": [(40, 3, 5, 5), (40,)], "one": [(30, 1000)],
                             "two": [(4, 1000), (4,)]}
-    other = definitions.build(definition)
+    other = build_net(definition)
     assert load_weights(other, path) == []
     assert same(net, other)
 
@@ -94,7 +93,7 @@ def test_layers_that_stay_fresh_keep_their_own_weights(tmp_path, toy):
     definition, net = toy
     path = str(tmp_path / "saved.caffemodel")
     net.save(path)
-    other = definitions.build(definition)
+    other = build_net(definition)
     before = other.params["two"][0].data.copy()
     assert load_weights(other, path, fresh=["two"]) == ["two"]
     assert np.array_equal(other.params["two"][0].data, before)

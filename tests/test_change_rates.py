@@ -4,12 +4,11 @@ import pytest
 import scipy.linalg
 from toy_nets import image_input, layer, parsed, working_net
 
-import change_rates
-import definitions
-import rescale
-from caffe_net import WorkingNet, affine_view
-from change_rates import ChangeRates, im2col, moments, per_image, spread
-from scales import ScaleGraph, plus
+from ddinit import change_rates, rescale
+from ddinit.caffe_net import WorkingNet, affine_view
+from ddinit.change_rates import ChangeRates, im2col, moments, per_image, spread
+from ddinit.prototxt import spare_weight_gradients, upgrade, working_definition
+from ddinit.scales import ScaleGraph, plus
 
 SIZE = 6
 IMAGES = 5
@@ -397,11 +396,11 @@ def test_known_variation_stands_for_that_of_images_with_other_gradients():
 
 def test_spared_weight_gradients_change_no_blobs_gradient():
     text = DATA + BRANCHES + layer("extra", "Deconvolution", "all", "", CONV % "kernel_size: 2")
-    definition, image = definitions.working_definition(definitions.upgrade(parsed(text)), IMAGES)
+    definition, image = working_definition(upgrade(parsed(text)), IMAGES)
     plain = WorkingNet(definition, image)
     spared_definition = type(definition)()
     spared_definition.CopyFrom(definition)
-    definitions.spare_weight_gradients(spared_definition, per_image)
+    spare_weight_gradients(spared_definition, per_image)
     assert spared_definition != definition
     spared = WorkingNet(spared_definition, image)
     images = np.random.default_rng(1).standard_normal((IMAGES, 3, SIZE, SIZE))

@@ -10,10 +10,10 @@ from google.protobuf import text_format
 
 import average_precision
 import classify_voc
-import definitions
 import image_batches
 import run_folder
 import training_net
+from ddinit.prototxt import Input, build_net, caffe_messages, output_blobs, read_definition
 from image_batches import Crops, CropsToScore, VocImages
 from voc import Voc
 
@@ -22,11 +22,11 @@ MODELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "models"
 
 def derived(model, classes=20):
     path = os.path.join(MODELS, model + ".prototxt")
-    return training_net.classifier(definitions.read_definition(path), 10, classes)
+    return training_net.classifier(read_definition(path), 10, classes)
 
 
 def weights(path):
-    message = definitions.caffe_messages().NetParameter()
+    message = caffe_messages().NetParameter()
     with open(path, "rb") as file:
         message.ParseFromString(file.read())
     return {layer.name: [np.array(blob.data).reshape(blob.shape.dim) for blob in layer.blobs]
@@ -68,7 +68,7 @@ def test_a_net_with_intermediate_losses_keeps_its_last_output_only():
     names = [layer.name for layer in net.layers]
     assert net.layer == "loss3/classifier_voc"
     assert not [name for name in names if name.startswith(("loss1", "loss2"))]
-    assert definitions.outputs(net.layers) == [net.scores]
+    assert output_blobs(net.layers) == [net.scores]
     assert names[:-1] == [layer.name for layer in derived("googlenet_single/deploy").layers[:-1]]
 
 
@@ -79,17 +79,17 @@ layer { name: "conv" type: "Convolution" bottom: "in" top: "conv"
   convolution_param { num_output: 9 kernel_size: 1 group: 3 } }
 layer { name: "pool" type: "Pooling" bottom: "conv" top: "pool"
   pooling_param { pool: AVE global_pooling: true } }
-""", definitions.caffe_messages().NetParameter()), 2, 5)
-    caffe_net = definitions.build(training_net.test_net(net))
+""", caffe_messages().NetParameter()), 2, 5)
+    caffe_net = build_net(training_net.test_net(net))
     assert caffe_net.blobs[net.scores].data.shape == (2, 5, 1, 1)
 
 
 def test_batch_normalisation_trains_on_the_batchs_own_statistics():
     definition = text_format.Parse(tiny_net.DEFINITION.replace("Dropout", "BatchNorm").replace(
         "dropout_param { dropout_ratio: 0.5 }", "batch_norm_param { use_global_stats: true }"),
-        definitions.caffe_messages().NetParameter())
+        caffe_messages().NetParameter())
     net = training_net.classifier(definition, 2, 5)
-    source = definitions.caffe_messages().LayerParameter(top=["data", "label"])
+    source = caffe_messages().LayerParameter(top=["data", "label"])
     (layer,) = [layer for layer in training_net.training_net(net, source).layer
                 if layer.type == "BatchNorm"]
     assert not layer.batch_norm_param.HasField("use_global_stats")
@@ -99,11 +99,11 @@ def test_the_loss_is_the_sum_over_classes_and_mean_over_images_without_ignored_l
     rng = np.random.default_rng(0)
     scores = rng.normal(0, 3, (4, 3)).astype(np.float32)
     labels = np.array([[1, 0, -1], [0, 0, 1], [-1, -1, -1], [1, 1, 0]], np.float32)
-    messages = definitions.caffe_messages()
-    net = training_net.Classifier([], definitions.Input("scores", (4, 3)), "scores", "fc")
+    messages = caffe_messages()
+    net = training_net.Classifier([], Input("scores", (4, 3)), "scores", "fc")
     source = text_format.Parse("""name: "in" type: "Input" top: "scores" top: "label"
 input_param { shape { dim: 4 dim: 3 } }""", messages.LayerParameter())
-    caffe_net = definitions.build(training_net.training_net(net, source))
+    caffe_net = build_net(training_net.training_net(net, source))
     caffe_net.blobs["scores"].data[...] = scores
     caffe_net.blobs["label"].data[...] = labels
     caffe_net.forward()
@@ -149,7 +149,7 @@ def test_layers_of_the_weights_are_kept_but_the_last_and_those_from_random_from(
                                                                                 voc_folder):
     standing = ("--voc", voc_folder, "--lr", 1e-12)
     first = tmp_path / "first.caffemodel"
-    net = definitions.build(definitions.read_definition(tiny_net.write(tmp_path / "t.prototxt")))
+    net = build_net(read_definition(tiny_net.write(tmp_path / "t.prototxt")))
     net.params["conv1"][0].data[...] = 0.01
     net.params["fc2"][0].data[...] = 0.02
     net.save(str(first))
@@ -231,7 +231,7 @@ def test_scores_are_averaged_over_crops_and_reported_by_class(tmp_path, voc_fold
 
 
 def _scored_by_hand(tmp_path, voc_folder, crops, seed):
-    net = definitions.build(definitions.read_definition(str(tmp_path / "tiny.prototxt")))
+    net = build_net(read_definition(str(tmp_path / "tiny.prototxt")))
     trained_weights = weights(tmp_path / "run" / "final.caffemodel")
     for name in ("conv1", "fc2"):
         for blob, values in zip(net.params[name], trained_weights[name]):
@@ -260,7 +260,7 @@ def test_a_broken_test_image_is_left_out_and_listed(tmp_path, voc_folder, capfd)
 def test_weights_without_the_trained_layer_are_an_error_that_names_it(tmp_path, voc_folder,
                                                                       capsys):
     (tmp_path / "run").mkdir()
-    net = definitions.build(definitions.read_definition(tiny_net.write(tmp_path / "tiny.prototxt")))
+    net = build_net(read_definition(tiny_net.write(tmp_path / "tiny.prototxt")))
     net.save(str(tmp_path / "run" / "final.caffemodel"))
     assert scored(tmp_path / "run", voc_folder) == 2
     assert "has no layer 'fc3_voc'" in capsys.readouterr().err

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from google.protobuf import text_format
 
-import caffemodel
 import convert_weights
-import definitions
+from ddinit import caffemodel
+from ddinit.prototxt import build_net, caffe_messages, read_definition
 
 NET = """
 layer { name: "data" type: "Input" top: "data"
@@ -41,7 +41,7 @@ def definition(path, depth=3, pad=0, group=1, behind="", head=FULLY_CONNECTED):
 
 def filled(path, seed=0):
     """A caffe.Net with random weights, and the caffemodel with them beside its definition."""
-    net = definitions.build(definitions.read_definition(path))
+    net = build_net(read_definition(path))
     rng = np.random.default_rng(seed)
     for blobs in net.params.values():
         for blob in blobs:
@@ -56,7 +56,7 @@ def filled(path, seed=0):
 
 
 def loaded(path, weights):
-    net = definitions.build(definitions.read_definition(path))
+    net = build_net(read_definition(path))
     net.copy_from(weights)
     return net
 
@@ -89,9 +89,9 @@ def test_old_definitions_and_caffemodels_are_read(tmp_path, images):
     new = definition(tmp_path / "new.prototxt")
     net, _ = filled(new)
     theirs, weights = str(tmp_path / "v1.prototxt"), str(tmp_path / "v1.caffemodel")
-    messages = definitions.caffe_messages()
+    messages = caffe_messages()
     old = messages.NetParameter(input=["data"], input_dim=[2, 3, 9, 9])
-    for layer in definitions.read_definition(new).layer[1:]:
+    for layer in read_definition(new).layer[1:]:
         v1 = old.layers.add(name=layer.name, bottom=layer.bottom, top=layer.top)
         v1.type = {"Convolution": v1.CONVOLUTION, "InnerProduct": v1.INNER_PRODUCT,
                    "ReLU": v1.RELU}[layer.type]
@@ -270,7 +270,7 @@ def test_stored_statistics_become_a_factor_and_a_shift():
     class Blob:
         def __init__(self, data):
             self.data = np.array(data, np.float32)
-    parameters = definitions.caffe_messages().LayerParameter()
+    parameters = caffe_messages().LayerParameter()
     parameters.batch_norm_param.eps = 0.01
     layer = convert_weights.NetLayer(0, "bn", "BatchNorm", ["z"], ["z"], [
         Blob([6.0]), Blob([2 * 3.99]), Blob([2.0])], parameters)

@@ -7,17 +7,15 @@ import numpy as np
 import pytest
 from initialised import DATA, TOY, pixels, plain_outputs, run, stored_weights, write_images
 from test_any_net import INCEPTION, RESIDUAL, TWO_OUTPUTS, trained
-from test_guarded import UNKNOWN_TYPE, Stubborn, building
+from test_processes import UNKNOWN_TYPE, Stubborn, building
 from toy_nets import layer
 
-import change_rates
-import crew
-import definitions
-import weights
-from caffe_net import Geometry
-from change_rates import Moments
-from crew import Crew, together
-from guarded import ChildDied, in_child
+from ddinit import change_rates, crew, weights
+from ddinit.caffe_net import Geometry
+from ddinit.change_rates import Moments
+from ddinit.crew import Crew, together
+from ddinit.processes import ChildDied, in_child
+from ddinit.prototxt import caffe_messages, mixing_layer, read_definition
 
 # ---------------------------------------------------------------------------------------------
 # Talking.  The functions that run in a child are found by their names.
@@ -227,11 +225,11 @@ def test_moments_of_parts_with_equal_variation_are_those_of_the_whole():
     (DATA + layer("f", "Filter", "data data"), "f (Filter)"),
     (DATA + layer("f", "Python", "data"), "f (Python)")])
 def test_layers_in_which_images_may_meet_are_named(text, named, tmp_path):
-    if "permute_param" in text and not hasattr(definitions.caffe_messages(), "PermuteParameter"):
+    if "permute_param" in text and not hasattr(caffe_messages(), "PermuteParameter"):
         pytest.skip("this Caffe has no Permute")
     path = tmp_path / "net.prototxt"
     path.write_text(text)
-    assert definitions.mixing_layer(definitions.read_definition(str(path))) == named
+    assert mixing_layer(read_definition(str(path))) == named
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import curves
-import results
 import small_curves
+from ddinit import results
 
 COLUMNS = ["iteration", "training_loss", "training_error", "validation_loss", "validation_error"]
 

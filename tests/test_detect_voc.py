@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import scipy.io
 
-import definitions
 import detect_voc
+from ddinit.prototxt import caffe_messages
 from voc import Voc
 
 NET = """
@@ -94,7 +94,7 @@ def test_a_net_that_is_trained_finds_discs_and_squares(files, voc_folder, capfd)
 
 def weights_of(path):
     """All numbers in a caffemodel, by layer."""
-    content = definitions.caffe_messages().NetParameter.FromString(path.read_bytes())
+    content = caffe_messages().NetParameter.FromString(path.read_bytes())
     return {layer.name: [list(blob.data) for blob in layer.blobs] for layer in content.layer}
 
 
@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(files, voc_folder, capfd):
 
 def spoil_weights(path):
     """Make the first number of bbox_pred NaN."""
-    content = definitions.caffe_messages().NetParameter.FromString(path.read_bytes())
+    content = caffe_messages().NetParameter.FromString(path.read_bytes())
     (layer,) = [layer for layer in content.layer if layer.name == "bbox_pred"]
     layer.blobs[0].data[0] = np.nan
     path.write_bytes(content.SerializeToString())

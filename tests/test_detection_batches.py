@@ -8,11 +8,11 @@ import pytest
 from google.protobuf import text_format
 
 import boxes
-import definitions
 import detection_batches
 import detection_net
-import guarded
 from average_precision import overlaps
+from ddinit import processes
+from ddinit.prototxt import build_net, caffe_messages
 from detection_batches import DetectionBatches
 from voc import Voc
 
@@ -216,11 +216,11 @@ def test_a_saved_table_is_the_same_read_from_disk(table, tmp_path):
 
 def run_layer(parameters, workers):
     """The tops of three forward passes of the layer, from batch 4 on."""
-    net = definitions.caffe_messages().NetParameter()
+    net = caffe_messages().NetParameter()
     layer = net.layer.add(name="data", type="Python", top=["data", "rois", *detection_net.LABELS])
     text_format.Merge('module: "detection_data" layer: "RoiData"', layer.python_param)
     layer.python_param.param_str = parameters.replace('"workers": 0', '"workers": %d' % workers)
-    built = definitions.build(net)
+    built = build_net(net)
     built.layers[0].begin(4)
     found = []
     for _ in range(3):
@@ -240,7 +240,7 @@ def test_the_layer_feeds_the_batches_in_their_order(table, tmp_path, workers):
     detection_batches.save_table(table, folder)
     parameters = detection_batches.layer_parameters(folder, table, *IDENTITY, scales=[120, 60],
                                                     max_size=500, seed=0, workers=0)
-    found = guarded.in_child(run_layer, json.dumps(parameters), workers)
+    found = processes.in_child(run_layer, json.dumps(parameters), workers)
     for number, tops in enumerate(found, 4):
         expected = batches(table, scales=(120, 60))(number).arrays
         shapes = [image.shape[1:] for image in expected[:2]]

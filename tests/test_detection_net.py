@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-import definitions
 import detection_net
-import guarded
+from ddinit import processes
+from ddinit.prototxt import build_net, caffe_messages, import_caffe, read_definition
 
 MODELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models")
 
 
 def model(name):
-    return definitions.read_definition(os.path.join(MODELS, name, "deploy.prototxt"))
+    return read_definition(os.path.join(MODELS, name, "deploy.prototxt"))
 
 
 def layers_of(net):
@@ -22,7 +22,7 @@ def layers_of(net):
 
 
 def parsed(text):
-    net = definitions.caffe_messages().NetParameter()
+    net = caffe_messages().NetParameter()
     text_format.Merge(text, net)
     return net
 
@@ -49,7 +49,7 @@ def skeleton_of_models():
 
 
 def test_roi_pooling_has_the_size_that_fc6_wants_and_the_stride_of_the_trunk():
-    found = guarded.in_child(skeleton_of_models)
+    found = processes.in_child(skeleton_of_models)
     assert {name: (item.side, item.stride) for name, item in found.items()} == {
         "caffenet": (6, 16), "caffenet_ungrouped": (6, 16), "caffenet_tiny": (2, 16),
         "vgg16": (7, 16), "googlenet": (7, 32)}
@@ -110,7 +110,7 @@ def test_auxiliary_towers_are_cut_and_an_average_pooling_pools_the_roi():
 
 def run_caffenet_tiny(width):
     """Shapes of a tiny CaffeNet's conv5 on a wide image, and its scores of two ROIs."""
-    net = definitions.build(detection_net.testing_net(
+    net = build_net(detection_net.testing_net(
         detection_net.skeleton_of(model("caffenet_tiny")), 3))
     net.blobs["data"].reshape(1, 3, 160, width)
     net.blobs["rois"].reshape(2, 5)
@@ -122,7 +122,7 @@ def run_caffenet_tiny(width):
 
 
 def test_the_testing_net_scores_rois_of_an_image_of_any_size():
-    maps, scores, boxes = guarded.in_child(run_caffenet_tiny, 320)
+    maps, scores, boxes = processes.in_child(run_caffenet_tiny, 320)
     assert maps == (1, 32, 11, 21)  # cells on pixels 0, 16, ..., 160 and 0, ..., 320
     assert boxes == (2, 16)
     np.testing.assert_allclose(scores.sum(axis=1), 1, rtol=1e-5)
@@ -158,7 +158,7 @@ def test_layers_without_a_filler_are_named():
 def fork_of_caffe():
     """NetParameter of a fork that has both layers, with their fields as the forks have them."""
     proto = descriptor_pb2.FileDescriptorProto.FromString(
-        definitions.caffe_messages().DESCRIPTOR.serialized_pb)
+        caffe_messages().DESCRIPTOR.serialized_pb)
     numbers = {"uint32": 13, "float": 2, "message": 11}  # of protobuf's types
     fields = {"ROIPoolingParameter": [("pooled_h", "uint32"), ("pooled_w", "uint32"),
                                       ("spatial_scale", "float")],
@@ -193,7 +193,7 @@ def test_native_layers_are_written_for_a_caffe_that_trains_with_them():
 
 
 def test_native_layers_are_never_used_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(definitions.import_caffe(), "layer_type_list",
+    monkeypatch.setattr(import_caffe(), "layer_type_list",
                         lambda: ["ROIPooling", "ReLU"])
     assert detection_net.native_types(gpu=False) == set()
     assert detection_net.native_types(gpu=True) == {"ROIPooling"}

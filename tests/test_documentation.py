@@ -22,8 +22,8 @@ import yaml
 from scipy.io import savemat
 from shown_commands import ROOT, documents, shown
 
-import guarded
 import magic_init
+from ddinit import processes
 from voc import Voc
 
 # What makes commands short, by how they begin.
@@ -329,7 +329,7 @@ def test_no_shortening_is_left_of_commands_that_are_gone():
 def _read_script(found, monkeypatch):
     """A script that downloads or needs an hour: its own parser takes the command."""
     asked = []
-    monkeypatch.setattr(guarded, "command_line",
+    monkeypatch.setattr(processes, "command_line",
                         lambda run, arguments, program: asked.append(arguments) or 0)
     module = importlib.import_module(os.path.splitext(os.path.basename(found[0]))[0])
     assert module.__file__ == os.path.join(ROOT, found[0])

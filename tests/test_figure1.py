@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import tiny_net
 
-import definitions
 import figure1
-import guarded
 import initialise
-import results
+from ddinit import processes, results
+from ddinit.prototxt import build_net, read_definition
 
 LAYERS = ["conv1", "fc2", "fc3"]
 POWER = """layer { name: "scale2" type: "Power" bottom: "fc2_unscaled" top: "fc2"
@@ -34,7 +33,7 @@ def net(tmp_path):
 
 
 def filled(net, path, method="reference", seed=0):
-    guarded.in_child(initialise.write_filled, net, str(path), method, seed)
+    processes.in_child(initialise.write_filled, net, str(path), method, seed)
     return str(path)
 
 
@@ -51,7 +50,7 @@ def run(tmp_path, *arguments):
 
 def last_layer(net, weights, paths):
     """(mean of ||z||^2, mean of W^2 of fc3), z the input of the last layer."""
-    built = definitions.build(definitions.read_definition(net))
+    built = build_net(read_definition(net))
     built.copy_from(weights)
     built.blobs["data"].reshape(1, 3, 32, 32)
     squares = []
@@ -68,7 +67,7 @@ def test_the_last_layers_rate_is_that_of_its_inputs(tmp_path, net, photos):
     weights = filled(net, tmp_path / "a.caffemodel")
     found = run(tmp_path, net, "a=" + weights, "-d", photos)
     paths = [str(tmp_path / ("%d.png" % number)) for number in range(7)]
-    energy, square = guarded.in_child(last_layer, net, weights, paths)
+    energy, square = processes.in_child(last_layer, net, weights, paths)
     assert found["images"] == 7
     assert found["initialisations"][0]["rates"]["fc3"] == pytest.approx(
         np.sqrt(energy / square), rel=0.03)

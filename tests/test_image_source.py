@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-import definitions
 import training_net
 import voc_lmdb
+from ddinit.prototxt import build_net, caffe_messages, import_caffe
 from image_batches import (
     ArrayImages,
     Crops,
@@ -246,7 +246,7 @@ def source_net(voc_folder, workers=0):
     layer = training_net.image_source_layer(
         "data", ("data", "label"), VOC, {"root": voc_folder, "split": "trainval"}, CROPS, 5, 0,
         workers)
-    return definitions.build(definitions.caffe_messages().NetParameter(layer=[layer]))
+    return build_net(caffe_messages().NetParameter(layer=[layer]))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -272,7 +272,7 @@ def test_a_tool_that_knows_no_begin_gets_the_first_batch(voc_folder):
 def test_several_solvers_share_out_the_batches(voc_folder, monkeypatch):
     net = source_net(voc_folder)
     batch_of = make_batches(*voc_batches(voc_folder))
-    caffe = definitions.import_caffe()
+    caffe = import_caffe()
     monkeypatch.setattr(caffe, "solver_count", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(caffe, "solver_rank", lambda rank=rank: rank)

@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 import tiny_net
 
-import caffe_net
-import definitions
 import initialise
 import magic_init
+from ddinit import caffe_net
+from ddinit.prototxt import build_net, caffe_messages, read_definition
 
 NONE, CALIBRATED = ["--no-within"], ["--calibrate"]
 
 
 def weights(path):
-    message = definitions.caffe_messages().NetParameter()
+    message = caffe_messages().NetParameter()
     with open(path, "rb") as file:
         message.ParseFromString(file.read())
     return {layer.name: [np.array(blob.data).reshape(blob.shape.dim) for blob in layer.blobs]
@@ -155,7 +155,7 @@ def test_outputs_of_an_initialised_net_have_mean_beta_and_unit_variance(tmp_path
     output = str(tmp_path / "out.caffemodel")
     assert initialise.main([definition, output, "--method", "ours-pca", "--scaling", "within",
                             "--voc", voc_folder, "--images", "12", "--cpu"]) == 0
-    net = definitions.build(definitions.read_definition(definition))
+    net = build_net(read_definition(definition))
     net.copy_from(output)
     images = [caffe_net.read_image("%s/JPEGImages/%06d.jpg" % (voc_folder, number), 32, 32)
               for number in range(1, 13)]

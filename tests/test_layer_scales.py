@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 from toy_nets import fill, image_input, layer, parsed
 
-import definitions
-from caffe_net import WorkingNet, affine_view
-from guarded import in_child
-from scales import TABLE, Form, ScaleGraph
+from ddinit.caffe_net import WorkingNet, affine_view
+from ddinit.processes import in_child
+from ddinit.prototxt import import_caffe, working_definition
+from ddinit.scales import TABLE, Form, ScaleGraph
 
 # Layers that feed a net: nothing comes in, what they give keeps its scale, 1.
 SOURCES = {"Data", "DummyData", "HDF5Data", "ImageData", "Input", "MemoryData", "WindowData",
            "Parameter", "ContinuationIndicator"}
-# Losses and scores: cut off before scales are asked for (definitions.working_definition).
+# Losses and scores: cut off before scales are asked for (working_definition).
 CUT = {"Accuracy", "ContrastiveLoss", "CtcLoss", "EuclideanLoss", "HDF5Output", "HingeLoss",
        "InfogainLoss", "LabelsequenceAccuracy", "MultinomialLogisticLoss",
        "SigmoidCrossEntropyLoss", "Silence", "SoftmaxWithLoss"}
@@ -62,7 +62,7 @@ class Case(NamedTuple):
 
 ALL = "uniform blocks"
 TWO = "x y"
-TYPES = set(definitions.import_caffe().layer_type_list())
+TYPES = set(import_caffe().layer_type_list())
 INDEX = image_input(3, name="index")
 CASES = [
     Case("AbsVal", carries=ALL),
@@ -360,7 +360,7 @@ def test_cases_have_labels_of_their_own():
 def test_losses_and_scores_are_cut_off(kind):
     definition = parsed(image_input(1, 3, 4, 4, name="data") + layer("relu", "ReLU", "data")
                         + layer("score", kind, "relu relu"))
-    working, _ = definitions.working_definition(definition, 2)
+    working, _ = working_definition(definition, 2)
     assert [one.name for one in working.layer] == ["data", "relu"]
 
 

@@ -24,20 +24,16 @@ from initialised import (
 )
 from toy_nets import working_net
 
-import change_rates
-import guarded
 import magic_init
-import rate_figure
-import results
-import session
-from scales import ScaleGraph
+from ddinit import change_rates, processes, rate_figure, results, session
+from ddinit.scales import ScaleGraph
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch):
-    monkeypatch.setattr(guarded, "in_child", here)
+    monkeypatch.setattr(processes, "in_child", here)
 
 
 @pytest.fixture(scope="module")

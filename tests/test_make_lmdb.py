@@ -7,12 +7,11 @@ import cv2
 import numpy as np
 import pytest
 
-import definitions
-import guarded
 import image_database
 import image_mean
 import make_lmdb
-import results
+from ddinit import processes, results
+from ddinit.prototxt import build_net, caffe_messages
 
 ENOUGH = 2 * make_lmdb.CHUNK + 100  # images for three transactions
 
@@ -92,7 +91,7 @@ def test_a_record_holds_what_opencv_decodes_and_resizes(images):
 @pytest.mark.parametrize("shape", [(5, 4, 3), (1, 200, 1), (300, 300, 3)])
 def test_a_record_is_what_protobuf_writes(shape):
     image = np.random.default_rng(2).integers(0, 256, shape).astype(np.uint8)
-    datum = definitions.caffe_messages().Datum(
+    datum = caffe_messages().Datum(
         channels=shape[2], height=shape[0], width=shape[1], label=1234,
         data=image.transpose(2, 0, 1).tobytes())
     assert image_database.pixel_record(image, 1234).tobytes() == datum.SerializeToString()
@@ -115,18 +114,18 @@ def test_caffes_data_layer_reads_images_and_labels(images, options):
     cv2.imwrite(str(images / "an image 0.png"), np.full((8, 8, 3), (1, 2, 3), np.uint8))
     assert run(images, "a.lmdb", "--shuffle", *options) == 0
     expected = read(images, "a.lmdb")[:20]
-    data, labels = guarded.in_child(_through_caffe, str(images / "a.lmdb"), 20)
+    data, labels = processes.in_child(_through_caffe, str(images / "a.lmdb"), 20)
     assert labels.tolist() == [label for _, label in expected]
     np.testing.assert_array_equal(data, [pixels for pixels, _ in expected])
 
 
 def _through_caffe(path, count):
-    net = definitions.caffe_messages().NetParameter()
+    net = caffe_messages().NetParameter()
     layer = net.layer.add(name="data", type="Data", top=["data", "label"])
     layer.data_param.source = path
     layer.data_param.batch_size = count
     layer.data_param.backend = layer.data_param.LMDB
-    built = definitions.build(net)
+    built = build_net(net)
     built.forward()
     return np.array(built.blobs["data"].data), np.array(built.blobs["label"].data)
 
@@ -199,22 +198,22 @@ def test_the_mean_image_is_the_mean_and_caffe_subtracts_it(images):
     assert run(images, "a.lmdb", "--resize", "8") == 0
     assert image_mean.main([str(images / "a.lmdb"), str(images / "mean.binaryproto")]) == 0
     pixels = np.array([pixels for pixels, _ in read(images, "a.lmdb")], np.float64)
-    blob = definitions.caffe_messages().BlobProto.FromString(
+    blob = caffe_messages().BlobProto.FromString(
         (images / "mean.binaryproto").read_bytes())
     mean = np.reshape(blob.data, (blob.channels, blob.height, blob.width))
     np.testing.assert_array_equal(mean, pixels.mean(axis=0).astype(np.float32))
-    rest = guarded.in_child(_minus_mean, str(images / "a.lmdb"), str(images / "mean.binaryproto"))
+    rest = processes.in_child(_minus_mean, str(images / "a.lmdb"), str(images / "mean.binaryproto"))
     np.testing.assert_allclose(rest, pixels[:4] - mean, atol=1e-4)
 
 
 def _minus_mean(path, mean):
-    net = definitions.caffe_messages().NetParameter()
+    net = caffe_messages().NetParameter()
     layer = net.layer.add(name="data", type="Data", top=["data", "label"])
     layer.data_param.source = path
     layer.data_param.batch_size = 4
     layer.data_param.backend = layer.data_param.LMDB
     layer.transform_param.mean_file = mean
-    built = definitions.build(net)
+    built = build_net(net)
     built.forward()
     return np.array(built.blobs["data"].data)
 

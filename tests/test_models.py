@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-import definitions
 import generate
-import guarded
 import training_net
+from ddinit import processes
+from ddinit.prototxt import caffe_messages, image_layers, import_caffe, read_definition
 
 MODELS = os.path.dirname(os.path.abspath(generate.__file__))
 # Parameters, weights and biases, of the public nets: CaffeNet's as in Caffe's model zoo (AlexNet's
@@ -58,12 +58,12 @@ def shipped():
 
 
 def read(path):
-    return definitions.read_definition(os.path.join(MODELS, path))
+    return read_definition(os.path.join(MODELS, path))
 
 
 def _as_caffe_builds_them(paths):
     """Learned and all parameters, and blob shapes, of nets that Caffe builds from their files."""
-    caffe = definitions.import_caffe()
+    caffe = import_caffe()
     built = {}
     for path in paths:
         net = caffe.Net(os.path.join(MODELS, path), caffe.TEST)
@@ -76,7 +76,7 @@ def _as_caffe_builds_them(paths):
 
 @pytest.fixture(scope="module")
 def built():
-    return guarded.in_child(_as_caffe_builds_them,
+    return processes.in_child(_as_caffe_builds_them,
                             [path for path in shipped() if path.endswith("deploy.prototxt")])
 
 
@@ -109,8 +109,8 @@ def test_the_parameters_in_a_head_are_those_of_its_net(built):
 
 @pytest.mark.parametrize("net", ["caffenet", "caffenet_nolrn", "googlenet", "googlenet_single"])
 def test_a_training_net_has_the_layers_of_its_deploy_net(net):
-    deploy, _ = definitions.image_layers(read(net + "/deploy.prototxt"), 1)
-    training, _ = definitions.image_layers(read(net + "/train_val.prototxt"), 1)
+    deploy, _ = image_layers(read(net + "/deploy.prototxt"), 1)
+    training, _ = image_layers(read(net + "/train_val.prototxt"), 1)
     assert list(training) == list(deploy)
 
 
@@ -179,7 +179,7 @@ def test_vgg16_on_voc_trains_all_its_layers_at_once():
 
 
 def _losses(net):
-    source = definitions.caffe_messages().LayerParameter(
+    source = caffe_messages().LayerParameter(
         name="data", type="Python", top=[net.image.blob, "label"])
     trained = training_net.training_net(net, source)
     return [layer.type for layer in trained.layer

@@ -6,11 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
-import definitions
 import features
-import guarded
 import nearest_neighbours
-import results
+from ddinit import processes, results
+from ddinit.prototxt import import_caffe
 from nearest_neighbours import nearest
 
 NET = """
@@ -106,7 +105,7 @@ def folder(tmp_path_factory):
     (path / "pool.txt").write_text("".join("%s 1\n" % name for name in ["broken.png", *names]))
     (path / "queries.txt").write_text("image 0.png\nimage 4.png\n")
     images = [cv2.imread(str(path / name)) for name in names]
-    rows = guarded.in_child(_save_and_forward, str(path / "net.prototxt"),
+    rows = processes.in_child(_save_and_forward, str(path / "net.prototxt"),
                             str(path / "w.caffemodel"), images)
     np.save(str(path / "expected.npy"), rows)
     return path
@@ -114,7 +113,7 @@ def folder(tmp_path_factory):
 
 def _save_and_forward(net, weights, images):
     """Save random weights; return the whole net's blob 'fc' for images one at a time."""
-    caffe = definitions.import_caffe()
+    caffe = import_caffe()
     caffe.set_random_seed(5)
     built = caffe.Net(net, caffe.TEST)
     built.save(weights)
@@ -136,7 +135,7 @@ def children(monkeypatch):
         calls.append(arguments[-1])
         return function(*arguments)
 
-    monkeypatch.setattr(features.guarded, "in_child", here)
+    monkeypatch.setattr(features.processes, "in_child", here)
     return calls
 
 

@@ -4,12 +4,11 @@ import pytest
 import scipy.optimize
 from toy_nets import fill, image_input, layer, parsed, working_net
 
-import change_rates
-import definitions
-import rescale
-from caffe_net import WorkingNet
-from change_rates import spread
-from scales import ScaleGraph
+from ddinit import change_rates, rescale
+from ddinit.caffe_net import WorkingNet
+from ddinit.change_rates import spread
+from ddinit.prototxt import upgrade, working_definition
+from ddinit.scales import ScaleGraph
 
 SIZE = 8
 IMAGES = 6
@@ -169,9 +168,9 @@ def solved_and_applied(text, may_divide=None):
     solution = rescale.solve(graph, measured(graph), names_of(graph) if may_divide is None
                              else may_divide)
     rescale.apply_to_weights(graph, solution.log_scales)
-    definition = definitions.upgrade(parsed(DATA + text))
+    definition = upgrade(parsed(DATA + text))
     changes = rescale.apply_to_definition(definition, graph, solution)
-    other = WorkingNet(*definitions.working_definition(definition, IMAGES))
+    other = WorkingNet(*working_definition(definition, IMAGES))
     old = {one.name: one for one in working.layers}
     for one in other.affine + [one for one in other.layers if one.type in ("BatchNorm", "PReLU")]:
         for number, blob in enumerate(one.blobs):
@@ -360,7 +359,7 @@ def applied(text, scales, auxiliary=()):
             scaled.weight_scale, scaled.scale_out)
         for form in forms:
             log_scales[list(form)] = np.log(scales.get(scaled.layer.name, 1.0))
-    definition = definitions.upgrade(parsed(DATA + text))
+    definition = upgrade(parsed(DATA + text))
     lines = rescale.apply_to_definition(definition, graph,
                                         rescale.Solution(log_scales, list(auxiliary)))
     return {one.name: one for one in definition.layer}, lines
@@ -382,7 +381,7 @@ def test_nothing_is_changed_where_scales_are_1():
     text = conv("a", "data") + layer("n", "LRN", "a") + fully("c", "n")
     layers, lines = applied(text, {})
     assert lines == []
-    assert list(layers.values()) == list(definitions.upgrade(parsed(DATA + text)).layer)
+    assert list(layers.values()) == list(upgrade(parsed(DATA + text)).layer)
 
 
 def test_statistics_of_batch_normalisation_follow_the_scale():

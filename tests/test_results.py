@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-import results
+from ddinit import results
 
 
 def test_provenance_names_command_seed_and_versions():

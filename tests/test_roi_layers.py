@@ -4,10 +4,10 @@ import math
 import numpy as np
 import pytest
 
-import definitions
 import detection_net
-import guarded
 import roi_layers
+from ddinit import processes
+from ddinit.prototxt import build_net, caffe_messages
 
 
 def slow_pool(maps, rois, side, scale):
@@ -111,12 +111,12 @@ def test_smooth_l1_is_quadratic_within_the_knee_and_linear_beyond():
 
 def net_of(inputs, add, *arguments):
     """A net of inputs (name, shape) and the layer that add(net, ...) adds, with gradients."""
-    definition = definitions.caffe_messages().NetParameter(force_backward=True)
+    definition = caffe_messages().NetParameter(force_backward=True)
     for name, shape in inputs:
         added = definition.layer.add(name=name, type="Input", top=[name])
         added.input_param.shape.add(dim=shape)
     add(definition, *arguments)
-    return definitions.build(definition)
+    return build_net(definition)
 
 
 def differences(net, blob, value, step):
@@ -153,7 +153,7 @@ def run_pooling_net():
 
 
 def test_the_pooling_layer_in_a_net_is_the_reference_and_its_gradient_that_of_differences():
-    gradient, numeric, found, expected = guarded.in_child(run_pooling_net)
+    gradient, numeric, found, expected = processes.in_child(run_pooling_net)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_allclose(gradient, numeric, atol=1e-4)
     assert np.abs(gradient).max() > 0.5
@@ -180,7 +180,8 @@ def run_loss_net():
 
 
 def test_the_loss_layer_is_the_formula_and_its_gradients_those_of_differences():
-    (prediction, target, inside, outside), loss, gradients, numeric = guarded.in_child(run_loss_net)
+    (prediction, target, inside, outside), loss, gradients, numeric = processes.in_child(
+        run_loss_net)
     difference = inside * (prediction - target)
     values = [outside.flat[i] * (d * d / 2 if abs(d) < 1 else abs(d) - 0.5)
               for i, d in enumerate(difference.flat)]
@@ -198,4 +199,4 @@ def run_unequal_loss_net():
 
 def test_a_loss_of_unequal_shapes_is_refused():
     with pytest.raises(ValueError, match="bottoms of one shape"):
-        guarded.in_child(run_unequal_loss_net)
+        processes.in_child(run_unequal_loss_net)

@@ -4,9 +4,9 @@ import pytest
 import scipy.linalg
 from toy_nets import SIZE, fill, image_input, layer, random_graph, working_net
 
-import rescale
-from caffe_net import WorkingNet
-from scales import ScaleGraph, plus
+from ddinit import rescale
+from ddinit.caffe_net import WorkingNet
+from ddinit.scales import ScaleGraph, plus
 
 CONV = "convolution_param { num_output: %d kernel_size: 3 pad: 1 }"
 SHARED = "param { name: 'w' } param { name: 'b' } " + CONV

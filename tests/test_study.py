@@ -10,13 +10,12 @@ import tiny_net
 import yaml
 from scipy import special
 
-import definitions
-import guarded
-import results
 import study
 import study_data
 import study_report
 import study_trial
+from ddinit import processes, results
+from ddinit.prototxt import build_net, read_definition
 from image_batches import ArrayImages
 
 CLASSES = 3
@@ -164,7 +163,7 @@ def test_wrong_arrays_and_sizes_are_named(tmp_path, data, config):
 def scores_of(definition, path):
     """Scores by the study, and (loss, accuracy) from logits by SciPy."""
     net, image = study_trial.scoring_net(definition)
-    built = definitions.build(net)
+    built = build_net(net)
     built.params["fc3"][0].data[...] = np.random.default_rng(0).standard_normal((10, 6))
     images = ArrayImages(path, "images", "labels")
     found = study_trial.scores(built, image, images)
@@ -182,7 +181,7 @@ def test_scores_are_cross_entropy_and_accuracy_of_all_images(tmp_path):
     rng = np.random.default_rng(2)
     np.savez(tmp_path / "images.npz", images=rng.integers(0, 256, (107, 32, 32, 3), np.uint8),
              labels=rng.integers(0, 10, 107))
-    found, loss, accuracy = guarded.in_child(
+    found, loss, accuracy = processes.in_child(
         scores_of, tiny_net.write(tmp_path / "tiny.prototxt"), str(tmp_path / "images.npz"))
     assert found.loss == pytest.approx(loss, rel=1e-4)
     assert found.accuracy == pytest.approx(accuracy)
@@ -244,7 +243,7 @@ def test_a_study_writes_its_results_and_repeats_nothing(tmp_path, data, config, 
         row = next(csv.DictReader(file))
     assert (row["initialisation"], row["trials"], row["tables"]) == ("Ours", "2", "1 2")
     assert cv2.imread(str(out / "study.png")).shape[0] > 400
-    net = definitions.read_definition(str(out / "net.prototxt"))
+    net = read_definition(str(out / "net.prototxt"))
     assert [layer.inner_product_param.num_output for layer in net.layer
             if layer.name == "fc3"] == [CLASSES]
 
@@ -259,17 +258,17 @@ def test_a_loss_that_is_not_finite_is_a_result(tmp_path, data, config):
     settings, rows = study.read_configuration(config())
     made = study.prepare(data, settings, rows, str(tmp_path / "out"))
     weights = str(tmp_path / "huge.caffemodel")
-    guarded.in_child(write_huge, made.definition, weights)
+    processes.in_child(write_huge, made.definition, weights)
     asked = study_trial.Trial(made.definition, weights, str(tmp_path / "out" / "data"),
                               str(tmp_path / "trial"), 1.0, 0, made.settings, {})
-    found = guarded.in_child(study_trial.run_trial, asked)
+    found = processes.in_child(study_trial.run_trial, asked)
     assert found["diverged"] == 1 and found["test_accuracy"] is None
     assert study_trial.finished(asked) == results.read_json(str(tmp_path / "trial/result.json"))
 
 
 def write_huge(definition, path):
     """Write weights whose scores exceed what a float holds."""
-    net = definitions.build(definitions.read_definition(definition))
+    net = build_net(read_definition(definition))
     for blobs in net.params.values():
         blobs[0].data[...] = 1e30 * np.random.default_rng(0).standard_normal(blobs[0].data.shape)
     net.save(path)

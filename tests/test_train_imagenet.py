@@ -7,14 +7,13 @@ import shutil
 import numpy as np
 import pytest
 
-import definitions
-import guarded
 import image_database
 import imagenet_net
 import lmdb_images
-import results
 import train_imagenet
 import training
+from ddinit import processes, results
+from ddinit.prototxt import build_net, caffe_messages, read_definition
 from image_batches import Crops, ImageBatches
 
 NET = """
@@ -99,15 +98,15 @@ def test_training_values_are_means_of_the_last_classifier_since_the_row_before(r
 
 def test_validation_is_what_caffes_own_layers_say(data, run):
     """Caffe's Data, SoftmaxWithLoss and Accuracy layers on the same database and weights."""
-    loss, accuracy = guarded.in_child(_by_caffe, str(data / "val.lmdb"), str(run))
+    loss, accuracy = processes.in_child(_by_caffe, str(data / "val.lmdb"), str(run))
     last = read_curves(run)[-1]
     assert last["validation_loss"] == pytest.approx(loss, rel=1e-5)
     assert last["validation_error"] == pytest.approx(1 - accuracy, abs=1e-6)
 
 
 def _by_caffe(path, run):
-    messages = definitions.caffe_messages()
-    trained = definitions.read_definition(os.path.join(run, "train_val.prototxt"))
+    messages = caffe_messages()
+    trained = read_definition(os.path.join(run, "train_val.prototxt"))
     net = messages.NetParameter()
     source = net.layer.add(name="data", type="Data", top=["data", "label"])
     source.data_param.source, source.data_param.batch_size = path, 12
@@ -118,7 +117,7 @@ def _by_caffe(path, run):
                      if layer.name in ("conv", "relu", "drop", "main"))
     net.layer.add(name="loss", type="SoftmaxWithLoss", bottom=["main", "label"], top=["loss"])
     net.layer.add(name="accuracy", type="Accuracy", bottom=["main", "label"], top=["accuracy"])
-    built = definitions.build(net)
+    built = build_net(net)
     built.copy_from(os.path.join(run, "final.caffemodel"))
     built.forward()
     return float(built.blobs["loss"].data), float(built.blobs["accuracy"].data)
@@ -181,11 +180,11 @@ def test_presets_are_the_papers(data, preset, iterations, rates):
 
 
 def test_a_preset_refuses_another_variant_than_its_own(data):
-    towers = imagenet_net.classifier(definitions.read_definition(str(data / "net.prototxt")), 2, 3)
+    towers = imagenet_net.classifier(read_definition(str(data / "net.prototxt")), 2, 3)
     train_imagenet.check_preset(towers, "googlenet", "net")
     with pytest.raises(ValueError, match="has the classifiers side, main"):
         train_imagenet.check_preset(towers, "googlenet-single", "net")
-    lrn = definitions.caffe_messages().LayerParameter(name="norm", type="LRN")
+    lrn = caffe_messages().LayerParameter(name="norm", type="LRN")
     with pytest.raises(ValueError, match="preset caffenet-nolrn is for a net without"):
         train_imagenet.check_preset(towers._replace(layers=[lrn]), "caffenet-nolrn", "net")
 
@@ -204,7 +203,7 @@ def test_zero_last_makes_every_classifier_start_at_0_and_not_be_loaded(data):
 
 
 def test_the_validation_net_has_no_towers(data):
-    net = imagenet_net.classifier(definitions.read_definition(str(data / "net.prototxt")), 2, 3)
+    net = imagenet_net.classifier(read_definition(str(data / "net.prototxt")), 2, 3)
     validation = imagenet_net.validation_definition(net)
     assert [layer.name for layer in validation.layer] == ["data", "conv", "relu", "drop", "main"]
 

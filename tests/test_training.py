@@ -11,11 +11,11 @@ import pytest
 import tiny_net
 from google.protobuf import text_format
 
-import definitions
-import guarded
 import run_folder
 import training
 import training_net
+from ddinit import processes
+from ddinit.prototxt import caffe_messages, import_caffe
 from image_batches import Crops
 from prefetch import Prefetcher
 from training import Folding, Measurement, Plan
@@ -32,18 +32,18 @@ LEARNING_RATES = [
 
 
 def solver(text='base_lr: 0.01 lr_policy: "fixed" momentum: 0.9'):
-    return text_format.Parse(text, definitions.caffe_messages().SolverParameter())
+    return text_format.Parse(text, caffe_messages().SolverParameter())
 
 
 def net(data_std=1.0, second_loss=False):
     """The tiny net, with dropout, on random images and constant labels."""
-    definition = text_format.Parse(tiny_net.DEFINITION, definitions.caffe_messages().NetParameter())
+    definition = text_format.Parse(tiny_net.DEFINITION, caffe_messages().NetParameter())
     text = """
 layer { name: "data" type: "DummyData" top: "data" top: "label" dummy_data_param {
   shape { dim: 4 dim: 3 dim: 32 dim: 32 } shape { dim: 4 }
   data_filler { type: "gaussian" std: %g } data_filler { type: "constant" value: 3 } } }
 """ % data_std
-    whole = text_format.Parse(text, definitions.caffe_messages().NetParameter())
+    whole = text_format.Parse(text, caffe_messages().NetParameter())
     whole.layer.extend(definition.layer[1:-1])
     whole.layer.add(name="loss", type="SoftmaxWithLoss", bottom=["fc3", "label"], top=["loss"])
     if second_loss:
@@ -59,7 +59,7 @@ def trained(folder, iterations, **options):
 
 
 def weights(path):
-    message = definitions.caffe_messages().NetParameter()
+    message = caffe_messages().NetParameter()
     with open(path, "rb") as file:
         message.ParseFromString(file.read())
     return {layer.name: [np.array(blob.data) for blob in layer.blobs]
@@ -131,7 +131,7 @@ def test_measurements_are_made_at_0_every_n_and_at_the_end_with_the_weights_of_t
 
 
 def _measurement():
-    definition = text_format.Parse(tiny_net.DEFINITION, definitions.caffe_messages().NetParameter())
+    definition = text_format.Parse(tiny_net.DEFINITION, caffe_messages().NetParameter())
     return Measurement(definition, 2, _bias)
 
 
@@ -168,7 +168,7 @@ def _forget_after(folder, iteration):
 
 
 def test_a_run_is_the_same_after_others_in_the_same_process_as_alone(tmp_path):
-    guarded.in_child(trained, tmp_path / "alone", 3)
+    processes.in_child(trained, tmp_path / "alone", 3)
     for name in ("first", "second"):
         trained(tmp_path / name, 3)
         assert content(tmp_path / name / "final.caffemodel") == content(
@@ -383,7 +383,7 @@ def test_several_gpus_need_a_caffe_with_nccl(tmp_path):
 
 
 def test_a_further_gpus_process_steps_to_the_end_on_its_own_batches(tmp_path, voc_folder):
-    assert guarded.in_child(_steps_of_rank_1, str(tmp_path), voc_folder) == (5, 7, 2)
+    assert processes.in_child(_steps_of_rank_1, str(tmp_path), voc_folder) == (5, 7, 2)
 
 
 def _steps_of_rank_1(folder, voc_folder):
@@ -392,13 +392,13 @@ def _steps_of_rank_1(folder, voc_folder):
         "data", ("data", "label"), "image_batches.VocImages",
         {"root": voc_folder, "split": "trainval"}, Crops(32, 32), 4, 0, 0)
     classifier = training_net.classifier(
-        text_format.Parse(tiny_net.DEFINITION, definitions.caffe_messages().NetParameter()), 4, 2)
+        text_format.Parse(tiny_net.DEFINITION, caffe_messages().NetParameter()), 4, 2)
     plan = Plan(training_net.training_net(classifier, source), solver(), folder, 4,
                 snapshot_every=1)
     training.train(plan)
     os.unlink(os.path.join(folder, "final.caffemodel"))
     solver_file = training._write_definitions(plan)
-    caffe = definitions.import_caffe()
+    caffe = import_caffe()
     joined, started = [], []
     training.use_device = lambda gpu: None
     training._join = lambda solver, uid: joined.append(solver)

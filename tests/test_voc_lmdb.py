@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import make_voc_lmdb
-from definitions import caffe_messages
+from ddinit.prototxt import caffe_messages
 from voc import Voc
 from voc_lmdb import VocLmdb, open_voc
 

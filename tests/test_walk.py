@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from toy_nets import SIZE, image_input, layer, random_graph, working_net
 
-from caffe_net import (
+from ddinit.caffe_net import (
     BlobStore,
     ImageFeed,
     Statistics,

@@ -9,8 +9,8 @@ import scipy.stats
 import skimage.data
 import sklearn.decomposition
 
-import weights
-from caffe_net import Geometry
+from ddinit import weights
+from ddinit.caffe_net import Geometry
 
 
 def square(side, pad=0):

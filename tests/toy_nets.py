@@ -4,15 +4,15 @@ from typing import Any, Dict, List, Tuple
 import numpy as np
 from google.protobuf import text_format
 
-import definitions
-from caffe_net import WorkingNet
+from ddinit.caffe_net import WorkingNet
+from ddinit.prototxt import caffe_messages, upgrade, working_definition
 
 SIZE = 8  # height and width of all blobs of `random_graph`
 
 
 def parsed(text: str) -> Any:
     """The NetParameter of a prototxt."""
-    return text_format.Parse(text, definitions.caffe_messages().NetParameter())
+    return text_format.Parse(text, caffe_messages().NetParameter())
 
 
 def layer(name: str, kind: str, bottoms: str, tops: str = "", parameters: str = "") -> str:
@@ -30,8 +30,8 @@ def image_input(*shape: int, name: str = "data") -> str:
 
 def working_net(text: str, batch_size: int = 2) -> WorkingNet:
     """The net to measure on, with random weights where layers have any."""
-    working = WorkingNet(*definitions.working_definition(
-        definitions.upgrade(parsed(text)), batch_size))
+    working = WorkingNet(*working_definition(
+        upgrade(parsed(text)), batch_size))
     fill(working)
     return working
 

@@ -12,8 +12,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-import change_rates
-import results
+from ddinit import change_rates, results
 
 
 class LayerRecord(NamedTuple):

@@ -20,7 +20,7 @@ from typing import Any, Callable, List, Optional, Sequence
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from guarded import InChild, die_with_parent, pickled
+from ddinit.processes import InChild, die_with_parent, pickled
 
 # Variables that tell BLAS libraries how many threads to use, read when they are loaded.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -52,7 +52,7 @@ class Crew:
         """Return all processes' values in order of rank, in all; a barrier.
 
         Raises in the first what another process raised.  Where one was killed, or aborted by
-        Caffe, the first ends as it did: `guarded.in_child` tells the user why.
+        Caffe, the first ends as it did: `processes.in_child` tells the user why.
         """
         if not self.first:
             self._pipes[0].send((value, None, ""))

@@ -4,8 +4,18 @@ import sys
 
 import pytest
 
-import definitions
-from guarded import ChildDied, in_child
+from ddinit.processes import ChildDied, in_child
+from ddinit.prototxt import (
+    build_net,
+    caffe_messages,
+    check_types,
+    import_caffe,
+    output_blobs,
+    read_definition,
+    upgrade,
+    working_definition,
+    write_definition,
+)
 
 INPUT = 'layer { name: "data" type: "Input" top: "data" input_param { shape { %s } } }' % (
     "dim: 2 dim: 3 dim: 8 dim: 8")
@@ -33,7 +43,7 @@ def write(folder, text, name="net.prototxt"):
 
 
 def read(folder, *layers):
-    return definitions.read_definition(write(folder, "\n".join(layers)))
+    return read_definition(write(folder, "\n".join(layers)))
 
 
 def names(layers):
@@ -41,12 +51,12 @@ def names(layers):
 
 
 def messages():
-    return definitions.caffe_messages()
+    return caffe_messages()
 
 
 def saved_by_caffe(path, folder):
     """Layers of the net as Caffe read them (its splits left out) and the shapes of its blobs."""
-    caffe = definitions.import_caffe()
+    caffe = import_caffe()
     net = caffe.Net(path, caffe.TEST)
     net.save(folder + "/saved.caffemodel")
     saved = messages().NetParameter()
@@ -81,7 +91,7 @@ def both_saved_by_caffe(first, second, folder):
 def test_upgraded_definition_is_what_caffe_makes_of_the_original(tmp_path, text):
     original = write(tmp_path, text)
     upgraded = str(tmp_path / "upgraded.prototxt")
-    definitions.write_definition(definitions.read_definition(original), upgraded)
+    write_definition(read_definition(original), upgraded)
     with open(upgraded) as file:
         assert "layers {" not in file.read()
     theirs, ours = in_child(both_saved_by_caffe, original, upgraded, str(tmp_path))
@@ -91,14 +101,14 @@ def test_upgraded_definition_is_what_caffe_makes_of_the_original(tmp_path, text)
 
 def test_every_v1_type_is_a_layer_type_of_this_caffe():
     types = messages().V1LayerParameter.DESCRIPTOR.fields_by_name["type"].enum_type
-    known = set(definitions.import_caffe().layer_type_list())
+    known = set(import_caffe().layer_type_list())
     upgraded = {}
     for name, number in types.values_by_name.items():
         if name == "NONE":
             continue
         old = messages().NetParameter()
         old.layers.add(name="x", type=number.number, bottom=["a"], top=["b"])
-        upgraded[name] = definitions.upgrade(old).layer[0].type
+        upgraded[name] = upgrade(old).layer[0].type
     assert set(upgraded.values()) <= known
     assert len(set(upgraded.values())) == len(upgraded) >= 39
 
@@ -111,20 +121,20 @@ def test_v1_data_layers_keep_their_transformation_and_v2_ones_are_left_alone():
     layer.image_data_param.mirror = True
     layer.image_data_param.scale = 0.5
     layer.image_data_param.mean_file = "mean.binaryproto"
-    new = definitions.upgrade(old).layer[0]
+    new = upgrade(old).layer[0]
     assert (new.transform_param.crop_size, new.transform_param.mirror) == (227, True)
     assert (new.transform_param.scale, new.transform_param.mean_file) == (0.5, "mean.binaryproto")
     assert not new.image_data_param.HasField("crop_size")
     current = messages().NetParameter()  # Caffe ignores the old place in a `layer`
     current.layer.add(name="d", type="Data", top=["data"]).data_param.crop_size = 7
-    assert not definitions.upgrade(current).layer[0].HasField("transform_param")
+    assert not upgrade(current).layer[0].HasField("transform_param")
 
 
 def test_upgrade_leaves_its_argument_alone(tmp_path):
     definition = read(tmp_path, V1)
     before = definition.SerializeToString()
-    definitions.upgrade(definition)
-    definitions.working_definition(definition, 2)
+    upgrade(definition)
+    working_definition(definition, 2)
     assert definition.SerializeToString() == before
 
 
@@ -146,7 +156,7 @@ def test_upgrade_leaves_its_argument_alone(tmp_path):
 def test_unreadable_definition_is_one_line_that_names_the_file(tmp_path, text, message):
     path = write(tmp_path, text)
     with pytest.raises(ValueError) as error:
-        definitions.read_definition(path)
+        read_definition(path)
     assert str(error.value).startswith(path + ": ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -157,7 +167,7 @@ def test_missing_folder_or_binary_definition_is_one_line(tmp_path):
     for path, message in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory"),
                           (tmp_path / "binary", "it is not text")):
         with pytest.raises(ValueError) as error:
-            definitions.read_definition(str(path))
+            read_definition(str(path))
         assert str(error.value).startswith(str(path) + ": ")
         assert message in str(error.value)
 
@@ -178,7 +188,7 @@ ACCURACY = ('layer { name: "accuracy" type: "Accuracy" bottom: "c" bottom: "labe
 def test_train_val_becomes_what_images_can_be_fed_to(tmp_path):
     definition = read(tmp_path, TRAIN_DATA, TEST_DATA, CONV % ("c", "data", "c"),
                       LOSS % ("loss", "c", "loss"), ACCURACY)
-    working, image = definitions.working_definition(definition, 5)
+    working, image = working_definition(definition, 5)
     assert image == ("data", (5, 3, 8, 8))
     assert names(working.layer) == ["data", "c"]
     assert list(working.layer[0].input_param.shape[0].dim) == [5, 3, 8, 8]
@@ -188,17 +198,17 @@ def test_train_val_becomes_what_images_can_be_fed_to(tmp_path):
 def test_without_images_the_net_feeds_itself_as_in_training(tmp_path):
     definition = read(tmp_path, TRAIN_DATA, TEST_DATA, CONV % ("c", "data", "c"),
                       LOSS % ("loss", "c", "loss"), ACCURACY)
-    working, image = definitions.working_definition(definition, None)
+    working, image = working_definition(definition, None)
     assert image is None
     assert names(working.layer) == ["train", "c"]
     assert working.layer[0].data_param.batch_size == 64
     with pytest.raises(ValueError, match="give images with --data"):
-        definitions.working_definition(read(tmp_path, INPUT, CONV % ("c", "data", "c")), None)
+        working_definition(read(tmp_path, INPUT, CONV % ("c", "data", "c")), None)
 
 
 def test_data_layers_of_the_test_phase_alone_still_feed(tmp_path):
     definition = read(tmp_path, TEST_DATA, CONV % ("c", "data", "c"))
-    assert names(definitions.working_definition(definition, None)[0].layer) == ["test", "c"]
+    assert names(working_definition(definition, None)[0].layer) == ["test", "c"]
 
 
 def test_every_output_carries_a_loss_and_softmaxes_at_the_end_are_cut(tmp_path):
@@ -209,10 +219,10 @@ def test_every_output_carries_a_loss_and_softmaxes_at_the_end_are_cut(tmp_path):
                       CONV % ("b", "s2", "b"), softmax % ("attention", "b", "attention"),
                       CONV % ("d", "attention", "d"), softmax % ("p", "d", "p"),
                       'layer { name: "best" type: "ArgMax" bottom: "p" top: "best" }')
-    working, image = definitions.working_definition(definition, 1)
+    working, image = working_definition(definition, 1)
     assert image == ("data", (1, 3, 8, 8))
     assert names(working.layer) == ["data", "a", "relu", "s", "b", "attention", "d"]
-    assert definitions.outputs(working.layer) == ["s1", "d"]
+    assert output_blobs(working.layer) == ["s1", "d"]
     assert {layer.name: list(layer.loss_weight) for layer in working.layer
             if layer.loss_weight} == {"s": [1.0, 0.0], "d": [1.0]}
 
@@ -222,8 +232,8 @@ def test_in_place_layers_do_not_read_away_an_output(tmp_path):
     definition = read(tmp_path, INPUT, CONV % ("a", "data", "a"), CONV % ("b", "a", "b"), relu,
                       'layer { name: "pool" type: "Pooling" bottom: "a" top: "pool" '
                       'pooling_param { kernel_size: 2 } }')
-    assert definitions.outputs(definition.layer) == ["b", "pool"]
-    working = definitions.working_definition(definition, 2)[0]
+    assert output_blobs(definition.layer) == ["b", "pool"]
+    working = working_definition(definition, 2)[0]
     assert sorted(in_child(outputs_of_net, str(working))) == ["b", "pool"]
 
 
@@ -234,7 +244,7 @@ def test_scale_layers_in_place_read_a_blob_of_their_own_and_what_others_read_kee
                       CONV % ("a", "data", "a"), one % ("n", "BatchNorm", "a", "a"),
                       one % ("s1", "Scale", "a", "a"), one % ("relu", "ReLU", "a", "a"),
                       one % ("s2", "Scale", "a", "a"), one % ("s3", "Scale", "a", "b"))
-    working, image = definitions.working_definition(definition, 2)
+    working, image = working_definition(definition, 2)
     assert image == ("data_unscaled", (2, 3, 8, 8))
     assert [(layer.name, list(layer.bottom), list(layer.top)) for layer in working.layer] == [
         ("data", [], ["data_unscaled"]), ("s", ["data_unscaled"], ["data"]),
@@ -245,7 +255,7 @@ def test_scale_layers_in_place_read_a_blob_of_their_own_and_what_others_read_kee
 
 
 def outputs_of_net(text):
-    return list(definitions.build(parsed(text)).outputs)
+    return list(build_net(parsed(text)).outputs)
 
 
 def parsed(text):
@@ -260,7 +270,7 @@ def test_what_matters_in_training_only_is_dropped(tmp_path):
               convolution_param { num_output: 4 kernel_size: 3 weight_filler { type: "xavier" }
                                   bias_filler { type: "constant" value: 1 } } }
       layer { name: "n" type: "BatchNorm" bottom: "c" top: "n" param { lr_mult: 0 } }''')
-    working, _ = definitions.working_definition(definition, 2)
+    working, _ = working_definition(definition, 2)
     conv = working.layer[1]
     assert [conv.param[0].lr_mult, conv.param[1].lr_mult, conv.param[0].name] == [1, 1, "w"]
     assert not conv.HasField("phase")
@@ -284,7 +294,7 @@ def test_phases_levels_and_stages_are_caffes(tmp_path, rule, kept):
     optional = (CONV % ("b", "data", "b")).replace("bottom", rule + " bottom", 1)
     definition = read(tmp_path, 'state { stage: "mine" }', INPUT, CONV % ("a", "data", "a"),
                       optional)
-    working, _ = definitions.working_definition(definition, 1)
+    working, _ = working_definition(definition, 1)
     assert ("b" in names(working.layer)) == kept
 
 
@@ -292,7 +302,7 @@ def test_labels_are_dropped_with_what_only_they_feed(tmp_path):
     definition = read(
         tmp_path, TRAIN_DATA, 'layer { name: "half" type: "Power" bottom: "label" top: "half" }',
         CONV % ("c", "data", "c"), LOSS.replace('"label"', '"half"') % ("loss", "c", "loss"))
-    assert names(definitions.working_definition(definition, 1)[0].layer) == ["data", "c"]
+    assert names(working_definition(definition, 1)[0].layer) == ["data", "c"]
 
 
 @pytest.mark.parametrize("layers, message", [
@@ -317,7 +327,7 @@ def test_labels_are_dropped_with_what_only_they_feed(tmp_path):
         "no shape", "no net"])
 def test_nets_that_images_cannot_feed_are_refused(tmp_path, layers, message):
     with pytest.raises(ValueError) as error:
-        definitions.working_definition(read(tmp_path, *layers), 2)
+        working_definition(read(tmp_path, *layers), 2)
     assert message in str(error.value)
 
 
@@ -333,15 +343,15 @@ def test_nets_that_images_cannot_feed_are_refused(tmp_path, layers, message):
 def test_sources_tell_the_size_of_the_images_they_would_feed(tmp_path, source, shape):
     definition = read(tmp_path, 'layer { name: "data" top: "data" type: %s }' % source,
                       CONV % ("c", "data", "c"))
-    assert definitions.working_definition(definition, 2)[1] == ("data", shape)
+    assert working_definition(definition, 2)[1] == ("data", shape)
 
 
 # ---------------------------------------------------------------------------------------------
 # Building
 # ---------------------------------------------------------------------------------------------
 
-def build(text):
-    return {name: tuple(blob.shape) for name, blob in definitions.build(parsed(text)).blobs.items()}
+def shapes_of(text):
+    return {name: tuple(blob.shape) for name, blob in build_net(parsed(text)).blobs.items()}
 
 
 @pytest.mark.parametrize("layer, message", [
@@ -354,14 +364,14 @@ def build(text):
 ], ids=["type", "bottom", "module", "class"])
 def test_what_caffe_would_abort_on_is_said_first(layer, message):
     with pytest.raises(ValueError) as error:
-        definitions.check_types(parsed(INPUT + "layer { %s }" % layer))
+        check_types(parsed(INPUT + "layer { %s }" % layer))
     assert message in str(error.value)
 
 
 def test_what_only_caffe_can_see_is_one_line_too():
     too_big = (CONV % ("c", "data", "c")).replace("kernel_size: 3", "kernel_size: 30 group: 5")
     with pytest.raises(ChildDied) as error:
-        in_child(build, INPUT + too_big)
+        in_child(shapes_of, INPUT + too_big)
     assert "Caffe stopped: Check failed" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -377,11 +387,11 @@ def test_python_layers_run_and_losses_among_them_are_cut(tmp_path):
     definition = read(tmp_path, INPUT, CONV % ("c", "data", "c"), python % ("twice", "", "twice",
                                                                             ""),
                       python % ("lossy", "", "lossy", "loss_weight: 1"))
-    working, _ = definitions.working_definition(definition, 2)
+    working, _ = working_definition(definition, 2)
     assert names(working.layer) == ["data", "c", "twice"]
     sys.path.insert(0, str(tmp_path))
     try:
-        assert in_child(build, str(working))["twice"] == (2, 4, 6, 6)
+        assert in_child(shapes_of, str(working))["twice"] == (2, 4, 6, 6)
     finally:
         sys.path.remove(str(tmp_path))
 
@@ -389,15 +399,15 @@ def test_python_layers_run_and_losses_among_them_are_cut(tmp_path):
 def test_written_definition_reads_back_and_carries_its_comment(tmp_path):
     definition = read(tmp_path, INPUT, CONV % ("c", "data", "c"))
     path = str(tmp_path / "out.prototxt")
-    definitions.write_definition(definition, path, "two\nlines")
-    assert definitions.read_definition(path) == definition
+    write_definition(definition, path, "two\nlines")
+    assert read_definition(path) == definition
     with open(path) as file:
         assert file.read().startswith("# two\n# lines\n")
 
 
 def test_caffe_is_imported_without_scikit_image_until_its_io_is_used():
     code = ("import sys, definitions\n"
-            "caffe = definitions.import_caffe()\n"
+            "caffe = import_caffe()\n"
             "assert 'skimage' not in sys.modules\n"
             "import caffe.io\n"
             "print(caffe.io.datum_to_array(caffe.io.array_to_datum(__import__('numpy').ones("

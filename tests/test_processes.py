@@ -10,9 +10,10 @@ import time
 
 import pytest
 
-import definitions
-import guarded
-from guarded import ChildDied, check_writable, command_line, in_child, replacing
+from ddinit import processes
+from ddinit.files import check_writable, replacing
+from ddinit.processes import ChildDied, command_line, in_child
+from ddinit.prototxt import caffe_messages, import_caffe
 
 UNKNOWN_TYPE = 'layer { name: "x" type: "Nonsense" top: "x" }'
 
@@ -153,9 +154,9 @@ def exiting(status):
 
 def building(text):
     from google.protobuf import text_format
-    definition = definitions.caffe_messages().NetParameter()
+    definition = caffe_messages().NetParameter()
     text_format.Merge(text, definition)
-    caffe = definitions.import_caffe()
+    caffe = import_caffe()
     path = "/proc/self/fd/%d" % os.memfd_create("net")
     with open(path, "w") as file:
         file.write(text)
@@ -172,7 +173,7 @@ def chattering():
 @pytest.fixture(params=["fork", "spawn"])
 def start(request, monkeypatch):
     """Both ways of starting a child; which is taken depends on what the parent has loaded."""
-    monkeypatch.setattr(guarded, "_start_method", lambda: request.param)
+    monkeypatch.setattr(processes, "_start_method", lambda: request.param)
     return request.param
 
 
@@ -180,13 +181,13 @@ def test_a_parent_with_caffe_or_threads_is_not_forked(monkeypatch):
     others, counted = threading.active_count() - 1, threading.active_count  # of other tests
     monkeypatch.setattr(threading, "active_count", lambda: counted() - others)
     monkeypatch.setitem(sys.modules, "caffe", None)
-    assert guarded._start_method() == "spawn"
+    assert processes._start_method() == "spawn"
     monkeypatch.delitem(sys.modules, "caffe")
-    assert guarded._start_method() == "fork"
+    assert processes._start_method() == "fork"
     done = threading.Event()
     thread = threading.Thread(target=done.wait)
     thread.start()
-    assert guarded._start_method() == "spawn"
+    assert processes._start_method() == "spawn"
     done.set()
     thread.join()
 
@@ -277,7 +278,7 @@ def stopping_on_signals(path):
 
 def program(start, function, path):
     """Run a function in a child as the commands of this project do."""
-    guarded._start_method = lambda: start
+    processes._start_method = lambda: start
     return command_line(lambda arguments: print(in_child(globals()[function], arguments)), path,
                         "program")
 

@@ -13,9 +13,9 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 
-import blas
-from caffe_net import Geometry, windows
-from crew import ALONE, Crew
+from ddinit import blas
+from ddinit.caffe_net import Geometry, windows
+from ddinit.crew import ALONE, Crew
 
 # Random numbers are drawn in parts of this size, so that threads share the work and the result
 # does not depend on how many there are.

@@ -4,7 +4,7 @@ Caffe itself upgrades old dialects and applies phase rules while it builds a net
 to Python.  Here both are done on the protobuf message, so that a definition can be edited, checked
 before Caffe may abort on it, and written back in today's dialect.
 
-    python -c "import definitions as d; print(d.read_definition('models/caffenet/deploy.prototxt'))"
+    python -c "from ddinit import prototxt as p; print(p.read_definition('models/caffenet/deploy.prototxt'))"
 """
 import importlib
 import os
@@ -15,8 +15,8 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Se
 
 from google.protobuf import text_format
 
-import blas
-from guarded import replacing
+from ddinit import blas
+from ddinit.files import replacing
 
 # Layers that feed a net; Input is fed by us, the others feed themselves.
 SOURCES = {"Input", "Data", "ImageData", "HDF5Data", "MemoryData", "DummyData", "WindowData"}
@@ -158,7 +158,7 @@ def working_definition(definition: Any, batch_size: Optional[int]) -> Tuple[Any,
     _scale_apart(working.layer)
     if image is not None:
         image = image._replace(blob=working.layer[0].top[0])
-    for name in outputs(working.layer):
+    for name in output_blobs(working.layer):
         writer = [layer for layer in working.layer if name in layer.top][-1]
         writer.loss_weight[:] = [float(top == name) for top in writer.top]
     return working, image
@@ -246,12 +246,12 @@ def image_layers(definition: Any, batch_size: Optional[int]) -> Tuple[List[Any],
         raise ValueError("the definition has no data layer of its own: give images with --data")
     _check_bottoms(layers, definition)
     kept = _without_scores(layers, {image.blob} if image else set())
-    if not outputs(kept):
+    if not output_blobs(kept):
         raise ValueError("no layer of the definition computes anything but losses and scores")
     return kept, image
 
 
-def outputs(layers: Iterable[Any]) -> List[str]:
+def output_blobs(layers: Iterable[Any]) -> List[str]:
     """Return the blobs that layers compute from other blobs and nothing reads, in order."""
     unread: Dict[str, None] = {}
     for layer in layers:
@@ -369,11 +369,11 @@ def _built_shape(layer: Any) -> List[int]:
     lone = caffe_messages().NetParameter()
     lone.layer.add().CopyFrom(layer)
     _plain(lone.layer[0])
-    net = build(lone)
+    net = build_net(lone)
     return list(net.blobs[layer.top[0]].shape)
 
 
-def build(definition: Any) -> Any:
+def build_net(definition: Any) -> Any:
     """Return a caffe.Net of `definition` in the TEST phase (dropout off, stored statistics on).
 
     Raises ValueError for what can be checked first; Caffe aborts on the rest.
@@ -448,7 +448,7 @@ def _without_scores(layers: List[Any], fed: Set[str]) -> List[Any]:
         kept.append(layer)
         made.update(layer.top)
     while True:
-        ends = set(outputs(kept))
+        ends = set(output_blobs(kept))
         last = [layer for layer in kept if layer.type in LAST_ONLY and set(layer.top) <= ends]
         if not last:
             return kept

@@ -15,12 +15,12 @@ import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-import blas
-import definitions
-from caffe_net import WorkingNet, address, affine_view
-from change_rates import ChangeRates, spread
-from crew import ALONE, Crew
-from scales import Form, ScaleGraph, plus
+from ddinit import blas
+from ddinit.caffe_net import WorkingNet, address, affine_view
+from ddinit.change_rates import ChangeRates, spread
+from ddinit.crew import ALONE, Crew
+from ddinit.prototxt import blob_and_layer_names, rename_blob, unused
+from ddinit.scales import Form, ScaleGraph, plus
 
 # Layers' rates within this factor need no auxiliary Power layer.
 GOAL = 1.2
@@ -319,12 +319,12 @@ def _add_power(definition: Any, name: str, scale: float) -> List[str]:
     """Put a Power layer behind the layer `name`; its tops keep their names above it."""
     layers = list(definition.layer)
     position = next(number for number, layer in enumerate(layers) if layer.name == name)
-    taken = definitions.blob_and_layer_names(layers)
+    taken = blob_and_layer_names(layers)
     powers = []
     for top in list(layers[position].top):
-        below = definitions.unused(top + "_unscaled", taken)
-        definitions.rename_blob(layers[:position + 1], top, below)  # in-place layers share it
-        power = type(layers[position])(name=definitions.unused(name + "_rescale", taken),
+        below = unused(top + "_unscaled", taken)
+        rename_blob(layers[:position + 1], top, below)  # in-place layers share it
+        power = type(layers[position])(name=unused(name + "_rescale", taken),
                                        type="Power", bottom=[below], top=[top])
         power.power_param.scale = scale
         powers.append(power)

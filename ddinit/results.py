@@ -10,7 +10,7 @@ import platform
 import sys
 from typing import Any, Dict, Iterable, Optional, Sequence, Tuple
 
-import guarded
+from ddinit import files
 
 VERSION = "0.1.0"
 
@@ -30,7 +30,7 @@ def provenance(seed: Optional[int], argv: Optional[Sequence[str]] = None) -> Dic
 
 def write_json(path: str, value: Any) -> None:
     """Write `value` as JSON, whole or not at all; numbers that are not finite become null."""
-    with guarded.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with files.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(_plain(value), file, indent=2, allow_nan=False)
         file.write("\n")
 
@@ -51,7 +51,7 @@ def read_json(path: str) -> Any:
 
 def write_csv(path: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a table with a line of column names, whole or not at all; None is an empty cell."""
-    with guarded.replacing(path) as temporary, \
+    with files.replacing(path) as temporary, \
             open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)

@@ -15,9 +15,9 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import cv2
 import numpy as np
 
-import blas
-from definitions import Input, build, import_caffe, outputs
-from guarded import ChildDied, in_child
+from ddinit import blas
+from ddinit.processes import ChildDied, in_child
+from ddinit.prototxt import Input, build_net, import_caffe, output_blobs
 
 # Layers z = W x + b whose weights train; Scale with one bottom is one weight a channel.
 AFFINE = {"Convolution", "Deconvolution", "InnerProduct", "Embed", "Scale"}
@@ -93,8 +93,8 @@ class WorkingNet:
     def __init__(self, definition: Any, image: Optional[Input]) -> None:
         self.definition = definition
         self.image = image
-        self.net = build(definition)
-        self.outputs = outputs(definition.layer)
+        self.net = build_net(definition)
+        self.outputs = output_blobs(definition.layer)
         self.layers = self._read_layers()
         self.affine = [layer for layer in self.layers if is_affine(layer)]
 

@@ -7,7 +7,7 @@
 """
 from typing import Any, List, Sequence, Tuple
 
-import caffemodel
+from ddinit import caffemodel
 
 
 def load_weights(net: Any, path: str, fresh: Sequence[str] = ()) -> List[str]:

@@ -7,7 +7,7 @@ Caffe sums the weight gradients of a batch.  Its expected square is right when e
 own random loss, but the products of different images' gradients make it noisy: of convolutions and
 fully connected layers we therefore compute each image's own weight gradient from the blobs, as a
 matrix product of the layer's input and the gradient at its output.  Caffe's backward pass is
-spared that work (`definitions.spare_weight_gradients`).
+spared that work (`spare_weight_gradients`).
 
     python magic_init.py models/caffenet_tiny/deploy.prototxt out.caffemodel -d 'photos/*' -cs
 """
@@ -16,17 +16,10 @@ from typing import Any, List, NamedTuple, Optional, Sequence
 import numpy as np
 import scipy.special
 
-import blas
-from caffe_net import (
-    Geometry,
-    WorkingNet,
-    affine_view,
-    geometry,
-    sum_of_squares,
-    windows,
-)
-from crew import ALONE, Crew
-from scales import AffineScales, ScaleGraph
+from ddinit import blas
+from ddinit.caffe_net import Geometry, WorkingNet, affine_view, geometry, sum_of_squares, windows
+from ddinit.crew import ALONE, Crew
+from ddinit.scales import AffineScales, ScaleGraph
 
 # Random numbers eta that a measurement draws at least, and one of those that follow the first from
 # scratch: small nets take less time for it.  Rates of caffenet_tiny on its own 16 images, judged

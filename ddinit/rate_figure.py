@@ -13,8 +13,7 @@ from typing import Any, Mapping, Optional, Sequence
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-import guarded
-import results
+from ddinit import files, processes, results
 
 
 def draw(path: str, title: str, layers: Sequence[str], rates: Mapping[str, Sequence[float]],
@@ -44,7 +43,7 @@ def draw(path: str, title: str, layers: Sequence[str], rates: Mapping[str, Seque
     right.set_ylim(bottom=0)
     left.legend(fontsize=8)
     figure.tight_layout()
-    with guarded.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
@@ -68,10 +67,10 @@ def draw_report(report: Mapping[str, Any], path: str) -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Draw the report that the command line names; return the exit status."""
-    parser = guarded.Parser(prog="rate_figure", description=(__doc__ or "").splitlines()[0])
+    parser = processes.Parser(prog="rate_figure", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("report", help="JSON file that magic_init.py --report wrote")
     parser.add_argument("figure", help="PNG file to write")
-    return guarded.command_line(
+    return processes.command_line(
         lambda arguments: draw_report(results.read_json(arguments.report), arguments.figure),
         parser.parse_args(argv), parser.prog)
 

@@ -17,16 +17,18 @@ from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 import numpy as np
 from tqdm import tqdm
 
-import caffe_net
-import caffemodel
-import change_rates
-import crew
-import definitions
-import guarded
-from caffe_net import BlobStore, Statistics, Stop, WorkingNet
-from change_rates import ChangeRates
-from crew import Crew
-from scales import ScaleGraph
+from ddinit import caffe_net, caffemodel, change_rates, crew, processes
+from ddinit.caffe_net import BlobStore, Statistics, Stop, WorkingNet
+from ddinit.change_rates import ChangeRates
+from ddinit.crew import Crew
+from ddinit.prototxt import (
+    import_caffe,
+    mixing_layer,
+    read_definition,
+    spare_weight_gradients,
+    working_definition,
+)
+from ddinit.scales import ScaleGraph
 
 # Layers that the walk stops at: those with weights, and BatchNorm for its statistics.
 STOPS = tuple(sorted(caffe_net.AFFINE)) + ("BatchNorm",)
@@ -52,7 +54,7 @@ class Session:
         self._clock = time.perf_counter()
         self._quiet = arguments.quiet or not sys.stderr.isatty() or not own.first
         caffe_net.use_device(arguments.device)
-        definitions.import_caffe().set_random_seed(arguments.seed)
+        import_caffe().set_random_seed(arguments.seed)
         self.definition = definition
         self.size, self.batches = batches_of(len(paths), arguments.batch_size, arguments.batches)
         self.working = self.build(self.definition, bool(paths))
@@ -71,9 +73,9 @@ class Session:
         self.lap("set up")
 
     def build(self, definition: Any, with_images: bool) -> WorkingNet:
-        working, image = definitions.working_definition(
+        working, image = working_definition(
             definition, self.size // self.crew.size if with_images else None)
-        definitions.spare_weight_gradients(working, change_rates.per_image)
+        spare_weight_gradients(working, change_rates.per_image)
         return WorkingNet(working, image)
 
     def put(self, batch: int) -> None:
@@ -156,15 +158,15 @@ def in_crew(function: Callable[..., Any], arguments: argparse.Namespace, paths: 
     One, where Caffe computes on a GPU, reads its own data, or has layers in which images meet.
     """
     size, available = 1, crew.threads()
-    if paths and arguments.device is None and guarded.may_fork():
+    if paths and arguments.device is None and processes.may_fork():
         batch_size, _ = batches_of(len(paths), arguments.batch_size, arguments.batches)
         size = crew.processes(batch_size, arguments.processes)
     if size > 1:
         # before Caffe is loaded
         crew.limit_threads(max(1, min(available, crew.processors() // size)))
-    definition = definitions.read_definition(arguments.prototxt)
-    mixing = definitions.mixing_layer(
-        definitions.working_definition(definition, 1)[0]) if size > 1 else None
+    definition = read_definition(arguments.prototxt)
+    mixing = mixing_layer(
+        working_definition(definition, 1)[0]) if size > 1 else None
     notes = []
     if mixing is not None:
         notes.append("one process does all: images of a batch may meet in layer %s" % mixing)

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 import numpy as np
 
-from caffe_net import Layer, WorkingNet, address, channels
+from ddinit.caffe_net import Layer, WorkingNet, address, channels
 
 # A linear form in the free log scales: {variable: coefficient}; {} is the scale 1.
 Form = Dict[int, float]

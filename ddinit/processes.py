@@ -1,10 +1,10 @@
-"""What guards the user's work: files are replaced whole, and Caffe runs where it may abort.
+"""Caffe runs where it may abort: in a child process.
 
 Caffe's failed CHECKs call abort(), which would take the Python process with it.  Commands of this
 project therefore run Caffe in a child process (`in_child`), turn whatever ends it into one line
-(`command_line`), and write every output under a temporary name first (`replacing`).
+(`command_line`).
 
-    python -c "import guarded, os; print(guarded.in_child(os.getpid))"
+    python -c "from ddinit import processes; import os; print(processes.in_child(os.getpid))"
 """
 import argparse
 import contextlib
@@ -15,14 +15,13 @@ import multiprocessing
 import os
 import pickle
 import re
-import secrets
 import signal
 import sys
 import tempfile
 import threading
 import traceback
 from multiprocessing import resource_tracker
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's options, of malloc.h
@@ -35,48 +34,6 @@ class ChildDied(ValueError):
 
 class InChild(Exception):
     """The cause of an error that a child raised: where it did, as a traceback's text."""
-
-
-@contextlib.contextmanager
-def replacing(path: str) -> Iterator[str]:
-    """Yield a temporary name beside `path`; rename it to `path` only if the block succeeds.
-
-    A file that existed stays whole until the new one is, whatever happens in between; a link to a
-    file stays a link.  Raises ValueError or OSError naming the path where it cannot be written.
-    """
-    _check_place(path)
-    target = os.path.realpath(path)
-    folder, name = os.path.split(target)
-    temporary = os.path.join(folder, ".%s.%s.part" % (name[:200], secrets.token_hex(8)))
-    # 0o666 less the umask, which the kernel takes off: as any new file of the user's
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, target)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def check_writable(path: str) -> None:
-    """Raise ValueError now, not after minutes of work, where `path` cannot be written."""
-    _check_place(path)
-    folder = os.path.dirname(os.path.realpath(path))
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError("%s: cannot write there (%s)" % (path, error.strerror)) from error
-
-
-def _check_place(path: str) -> None:
-    folder = os.path.dirname(os.path.realpath(path))
-    if not os.path.isdir(folder):
-        raise ValueError("%s: the folder %s does not exist" % (path, folder))
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("%s is a folder or device, not a file to write" % path)
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from definitions import caffe_messages
+from ddinit.prototxt import caffe_messages
 
 # Bytes that go to the disk at once.
 PIECE = 1 << 22

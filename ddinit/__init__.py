@@ -1,0 +1,1 @@
+"""Data-dependent initialization of Caffe networks: the method on a caffe.Net."""
