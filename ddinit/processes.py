@@ -1,10 +1,8 @@
-"""Caffe runs where it may abort: in a child process.
+"""Run Caffe where it may abort, in a child process, and end a command in one line.
 
 Caffe's failed CHECKs call abort(), which would take the Python process with it.  Commands of this
-project therefore run Caffe in a child process (`in_child`), turn whatever ends it into one line
-(`command_line`).
-
-    python -c "from ddinit import processes; import os; print(processes.in_child(os.getpid))"
+project therefore run Caffe in a child (`in_child`) and turn whatever ends it into one line and an
+exit status (`command_line`).
 """
 import argparse
 import contextlib
@@ -36,6 +34,14 @@ class InChild(Exception):
     """The cause of an error that a child raised: where it did, as a traceback's text."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the child; `number` tells which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return function(*arguments), run in a fresh child process that dies with this one.
 
@@ -60,7 +66,7 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
             except EOFError:
                 child.join()
                 if signals.received:
-                    raise KeyboardInterrupt from None
+                    raise Interrupted(signals.received[0]) from None
                 raise ChildDied(_last_words(log.name, child.exitcode)) from None
             child.join()
     if error is not None:
@@ -72,9 +78,9 @@ def command_line(run: Callable[[Any], Optional[int]], arguments: Any, program: s
     """Return the exit status of run(arguments): errors a user can cause are one line and a 2."""
     try:
         return run(arguments) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("%s: interrupted" % program, file=sys.stderr)
-        return 130
+        return 128 + int(getattr(error, "number", signal.SIGINT))
     except (ValueError, OSError, MemoryError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print("%s: error: %s" % (program, message), file=sys.stderr)
@@ -118,15 +124,11 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def may_fork() -> bool:
-    """Whether nothing of ours (threads, or Caffe, which may have some) can deadlock a fork."""
-    return ("caffe" not in sys.modules and threading.active_count() == 1
-            and sys.platform.startswith("linux"))
-
-
 def _start_method() -> str:
-    """How to start a child: forking spares its imports."""
-    return "fork" if may_fork() else "spawn"
+    """Return how to start a child: forking spares its imports, and threads can deadlock it."""
+    if "caffe" in sys.modules or not sys.platform.startswith("linux"):
+        return "spawn"
+    return "fork" if len(os.listdir("/proc/self/task")) == 1 else "spawn"
 
 
 def _child_main(sender: Any, log: str, function: Callable[..., Any], arguments: tuple) -> None:
