@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 from toy_nets import fill, image_input, layer, parsed
 
-from ddinit.caffe_net import WorkingNet, affine_view
+from ddinit.net import WorkingNet, affine_view
 from ddinit.processes import in_child
-from ddinit.prototxt import import_caffe, working_definition
+from ddinit.prototxt import image_layers, import_caffe, output_blobs
 from ddinit.scales import TABLE, Form, ScaleGraph
 
 # Layers that feed a net: nothing comes in, what they give keeps its scale, 1.
 SOURCES = {"Data", "DummyData", "HDF5Data", "ImageData", "Input", "MemoryData", "WindowData",
            "Parameter", "ContinuationIndicator"}
-# Losses and scores: cut off before scales are asked for (working_definition).
+# Losses and scores: cut off before scales are asked for (image_layers).
 CUT = {"Accuracy", "ContrastiveLoss", "CtcLoss", "EuclideanLoss", "HDF5Output", "HingeLoss",
        "InfogainLoss", "LabelsequenceAccuracy", "MultinomialLogisticLoss",
        "SigmoidCrossEntropyLoss", "Silence", "SoftmaxWithLoss"}
@@ -226,7 +226,7 @@ def net_of(case: Case) -> Any:
 
 
 def graph_of(definition: Any) -> ScaleGraph:
-    working = WorkingNet(definition, None)
+    working = WorkingNet(definition, [])
     working.outputs = []  # so that nothing but the layer holds scales
     fill(working)
     for one in working.layers:
@@ -320,7 +320,7 @@ def outcome(case: Case, mode: str) -> Outcome:
     graph = graph_of(net_of(case))
     log_scales = scales_of(graph, mode)
     said = None
-    if all(abs(value(equation, log_scales)) < 1e-9 for equation in graph.equations):
+    if all(abs(value(equation, log_scales)) < 1e-9 for equation, _ in graph.equations):
         said = {top: [float(np.exp(value(form, log_scales))) for count, form in graph.blobs[top]
                       for _ in range(count)] for top in case.tops.split()}
     before = outputs(case, graph.working)
@@ -360,8 +360,9 @@ def test_cases_have_labels_of_their_own():
 def test_losses_and_scores_are_cut_off(kind):
     definition = parsed(image_input(1, 3, 4, 4, name="data") + layer("relu", "ReLU", "data")
                         + layer("score", kind, "relu relu"))
-    working, _ = working_definition(definition, 2)
-    assert [one.name for one in working.layer] == ["data", "relu"]
+    layers, _ = image_layers(definition, 2)
+    assert [one.name for one in layers] == ["relu"]
+    assert output_blobs(layers) == ["relu"]
 
 
 @pytest.mark.parametrize("case", RUN, ids=[case.label for case in RUN])

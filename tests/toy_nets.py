@@ -2,10 +2,12 @@
 from typing import Any, Dict, List, Tuple
 
 import numpy as np
+import scipy.linalg
 from google.protobuf import text_format
 
-from ddinit.caffe_net import WorkingNet
-from ddinit.prototxt import caffe_messages, upgrade, working_definition
+from ddinit.net import WorkingNet
+from ddinit.prototxt import caffe_messages, image_layers, upgrade, working_definition
+from ddinit.scales import ScaleGraph, plus
 
 SIZE = 8  # height and width of all blobs of `random_graph`
 
@@ -30,10 +32,16 @@ def image_input(*shape: int, name: str = "data") -> str:
 
 def working_net(text: str, batch_size: int = 2) -> WorkingNet:
     """The net to measure on, with random weights where layers have any."""
-    working = WorkingNet(*working_definition(
-        upgrade(parsed(text)), batch_size))
+    working = net_of(upgrade(parsed(text)), batch_size)
     fill(working)
     return working
+
+
+def net_of(definition: Any, batch_size: int = 2) -> WorkingNet:
+    """The net to measure on of a definition in today's dialect, with no weights yet."""
+    layers, image = image_layers(definition, batch_size)
+    assert image is not None
+    return WorkingNet(working_definition(layers, [image], definition.name), [image])
 
 
 def fill(working: WorkingNet) -> None:
@@ -46,6 +54,15 @@ def fill(working: WorkingNet) -> None:
             _, variance, correction = one.blobs
             variance.data[...] = rng.uniform(0.5, 2, variance.data.shape)
             correction.data[...] = 1
+
+
+def free_scales(graph: ScaleGraph) -> np.ndarray:
+    """An orthonormal basis (variables, free) of the log scales that change no output."""
+    forms = [form for form, _ in graph.equations] + [
+        plus(scaled.weight_scale, scaled.scale_out, -1.0) for scaled in graph.affine]
+    matrix = np.array([[form.get(variable, 0.0) for variable in range(graph.variables)]
+                       for form in forms])
+    return scipy.linalg.null_space(matrix)
 
 
 def random_graph(seed: int) -> str:
