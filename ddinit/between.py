@@ -221,7 +221,8 @@ class _Problem:
         matrix, _, row_of = self._equations(auxiliary)
         directions = np.linalg.pinv(matrix, rcond=1e-10)
         residuals, jacobian = self._residuals(x), self._jacobian(x)
-        known = scipy.linalg.orth(jacobian @ self._basis(auxiliary))
+        basis = self._basis(auxiliary)
+        known = scipy.linalg.orth(jacobian @ basis) if basis.shape[1] else jacobian[:, :0]
         gains = {}
         for name in names:
             direction = directions[:, row_of[name]]
