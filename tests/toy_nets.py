@@ -5,6 +5,7 @@ import numpy as np
 import scipy.linalg
 from google.protobuf import text_format
 
+from ddinit.images import HeldBatches
 from ddinit.net import WorkingNet
 from ddinit.prototxt import caffe_messages, image_layers, upgrade, working_definition
 from ddinit.scales import ScaleGraph, plus
@@ -54,6 +55,11 @@ def fill(working: WorkingNet) -> None:
             _, variance, correction = one.blobs
             variance.data[...] = rng.uniform(0.5, 2, variance.data.shape)
             correction.data[...] = 1
+
+
+def held_batches(*arrays: np.ndarray, blob: str = "data") -> HeldBatches:
+    """Batches (n, channels, height, width) to feed a net with."""
+    return HeldBatches([{blob: np.asarray(array, np.float32)} for array in arrays])
 
 
 def free_scales(graph: ScaleGraph) -> np.ndarray:
