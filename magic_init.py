@@ -131,7 +131,7 @@ def initialize_session(session: Session, arguments: argparse.Namespace, fresh: A
 def measured(session: Session, rng: np.random.Generator, options: Options) -> Calibration:
     """Return the rates of a net that stays as it is."""
     statistics: Dict[str, Statistics] = {}
-    rates = measure(session.working, session.batches, session.rate_batches(), rng,
+    rates = measure(session.working, session.batches, range(session.count), rng,
                     literal=options.literal, statistics=statistics)
     return Calibration(rates, rates, statistics)
 
