@@ -5,10 +5,10 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 import cv2
 import numpy as np
-from toy_nets import image_input, layer
+from toy_nets import image_input, layer, net_of, parsed, squared_gradients
 
 import magic_init
-from ddinit.prototxt import caffe_messages, import_caffe
+from ddinit.prototxt import caffe_messages, import_caffe, upgrade
 
 SIDE = 16
 MEAN = (104.0, 117.0, 123.0)
@@ -118,6 +118,25 @@ def stored_weights(caffemodel: str) -> Dict[str, List[np.ndarray]]:
         net.ParseFromString(file.read())
     return {one.name: [np.array(blob.data, np.float32).reshape(tuple(blob.shape.dim))
                        for blob in one.blobs] for one in net.layer if one.blobs}
+
+
+def rates_on(definition: str, caffemodel: str, images: np.ndarray,
+             draws: int = 0) -> Dict[str, float]:
+    """Equation 2 for every layer, from Caffe's gradients of single images and outputs."""
+    alone = net_of(upgrade(parsed(definition)), 1)
+    stored = stored_weights(caffemodel)
+    for one in alone.layers:
+        for blob, values in zip(one.blobs, stored.get(one.name, [])):
+            blob.data[...] = values
+    squares = squared_gradients(alone, images, draws)
+    return {one.name: float(np.sqrt(squares[one.name].sum() / np.square(
+        one.weights, dtype=np.float64).sum())) for one in alone.owners()}
+
+
+def spread_on(definition: str, caffemodel: str, images: np.ndarray, draws: int = 0) -> float:
+    """The largest over the smallest rate that a caffemodel has on some images."""
+    rates = rates_on(definition, caffemodel, images, draws).values()
+    return max(rates) / min(rates)
 
 
 def remove_layers(caffemodel: str, path: str, *names: str) -> str:

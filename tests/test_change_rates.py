@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
-from toy_nets import held_batches, image_input, layer, parsed, working_net
+from toy_nets import (
+    held_batches,
+    image_input,
+    layer,
+    parsed,
+    squared_gradients,
+    working_net,
+)
 
 from ddinit import change_rates
 from ddinit.change_rates import ChangeRates, independent_column_rates, measure, parts, spread
@@ -131,24 +138,7 @@ def with_outputs(text):
 
 
 def caffes_squares(text, images):
-    """The mean over images of the sum over outputs of (d z_o / d W)^2, of each layer by name.
-
-    Each image and each output has a pass of plain Caffe of its own.
-    """
-    alone = working_net(text, 1)
-    totals = {one.name: np.zeros(one.weights.shape) for one in alone.owners()}
-    for image in images:
-        alone.blob("data").data[...] = image
-        alone.forward()
-        for name in alone.outputs:
-            for number in range(alone.blob(name).data.size):
-                for other in alone.outputs:
-                    alone.blob(other).diff[...] = 0
-                alone.blob(name).diff.reshape(-1)[number] = 1
-                alone.backward()
-                for one in alone.owners():
-                    totals[one.name] += one.blobs[0].diff.astype(np.float64) ** 2 / len(images)
-    return totals
+    return squared_gradients(working_net(text, 1), images)
 
 
 def by_column(working, name, squares):

@@ -62,6 +62,30 @@ def held_batches(*arrays: np.ndarray, blob: str = "data") -> HeldBatches:
     return HeldBatches([{blob: np.asarray(array, np.float32)} for array in arrays])
 
 
+def squared_gradients(alone: WorkingNet, images: np.ndarray,
+                      draws: int = 0) -> Dict[str, np.ndarray]:
+    """The mean over images of E over eta of (d eta z_N / d W)^2, for the weights of each layer.
+
+    That is the sum over outputs of (d z_i / d W)^2: each image and each output has a pass of its
+    own, of plain Caffe on a net for one image.  With `draws` so many random eta stand for them.
+    """
+    totals = {one.name: np.zeros(one.weights.shape) for one in alone.owners()}
+    sizes = [alone.blob(name).data.size for name in alone.outputs]
+    losses = np.random.default_rng(77).standard_normal((draws, sum(sizes))) if draws else np.eye(
+        sum(sizes))
+    for image in images:
+        alone.blob("data").data[...] = image
+        alone.forward()
+        for loss in losses:
+            for name, part in zip(alone.outputs, np.split(loss, np.cumsum(sizes)[:-1])):
+                alone.blob(name).diff.reshape(-1)[...] = part
+            alone.backward()
+            for one in alone.owners():
+                totals[one.name] += one.blobs[0].diff.astype(np.float64) ** 2
+    count = len(images) * (draws or 1)
+    return {name: total / count for name, total in totals.items()}
+
+
 def free_scales(graph: ScaleGraph) -> np.ndarray:
     """An orthonormal basis (variables, free) of the log scales that change no output."""
     forms = [form for form, _ in graph.equations] + [
