@@ -26,6 +26,7 @@ from initialised import (
 )
 
 from ddinit import processes, rate_figure, results
+from ddinit.prototxt import caffe_messages
 from ddinit.weights import KINDS
 from ddinit.within import normalization
 
@@ -246,6 +247,34 @@ def test_a_folder_stands_for_the_images_in_it(start, capsys, tmp_path, images):
     found = run(capsys, tmp_path, TOY, "-d", os.path.dirname(images), "-bs", "8", "-nit", "3",
                 name="folder")
     assert bytes_of(found.output) == bytes_of(start().output)
+
+
+@pytest.mark.parametrize("where", ["unquoted pattern", "list", "list with labels", "parts"])
+def test_images_may_be_named_in_many_ways(start, capsys, tmp_path, images, where):
+    folder = os.path.dirname(images)
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+    listing = tmp_path / "list.txt"
+    listing.write_text("".join(path + (" 7" if "labels" in where else "") + "\n"
+                               for path in paths))
+    words = {"unquoted pattern": paths, "parts": [os.path.join(folder, "00*"),
+                                                  os.path.join(folder, "0[12]*")]}
+    found = run(capsys, tmp_path, TOY, "-bs", "8", "-d", *words.get(where, [str(listing)]), "-nit",
+                "3", name="named")
+    assert found.status == 0, found.err
+    assert bytes_of(found.output) == bytes_of(start().output)
+
+
+@pytest.mark.parametrize("form", ["number", "npy", "binaryproto"])
+def test_the_mean_may_be_a_number_or_a_file(start, tmp_path, form):
+    colour = (90, 90, 90) if form == "number" else (10, 200, 30)
+    picture = np.broadcast_to(np.reshape(colour, (3, 1, 1)), (3, 20, 30)).astype(np.float32)
+    blob = caffe_messages().BlobProto(num=1, channels=3, height=20, width=30,
+                                      data=picture.ravel())
+    np.save(str(tmp_path / "mean.npy"), picture)
+    (tmp_path / "mean.binaryproto").write_bytes(blob.SerializeToString())
+    word = "90" if form == "number" else str(tmp_path / ("mean." + form))
+    assert bytes_of(start("--mean", word).output) == bytes_of(
+        start("--mean", *map(str, colour), name="colour").output)
 
 
 def test_a_memory_limit_changes_no_bit_and_is_told(start):
