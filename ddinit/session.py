@@ -226,7 +226,9 @@ def calibrate_session(session: Session, rng: np.random.Generator, keep_function:
     if spread(after.by_layer()) > APART and options.alpha == 1:
         graph, _ = between.solve_from_scratch(session.working, after,
                                               between.output_std(session.working))
-        solution = between.solve(graph, after, [one.layer.name for one in graph.affine])
+        rates = measure(session.working, session.batches, session.rate_batches(), rng,
+                        len(session.working.outputs) > 1, options.literal)
+        solution = between.solve(graph, rates, [one.layer.name for one in graph.affine])
         if solution.auxiliary:
             done = rescale_exactly(session, graph, solution, before, rng, options)
             done = done._replace(difference=None)  # a net from scratch has no function to keep
