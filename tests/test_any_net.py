@@ -13,10 +13,12 @@ from initialised import (
     RELU,
     TOY,
     by_channel,
+    bytes_of,
     here,
     pixels,
     plain_outputs,
     run,
+    run_file,
     spread_on,
     stored_weights,
     write_images,
@@ -165,6 +167,72 @@ def test_without_images_the_nets_own_data_layer_feeds_it(capsys, tmp_path, image
     assert rescaled.report["output_difference"] < 1e-4
 
 
+@pytest.mark.parametrize("layers", [
+    layer("twice", "Power", "data", "data", "power_param { scale: 2 }"),
+    layer("noise", "Dropout", "data", "data")], ids=["scaled", "dropped"])
+def test_what_a_data_layer_gives_may_be_changed_in_place(capsys, tmp_path, images, layers):
+    text = data_layer("ImageData", str(tmp_path), images) + layers + BODY \
+        + layer("loss", "SoftmaxWithLoss", "fc4 label")
+    found = run(capsys, tmp_path, text, "-nit", "6")
+    assert found.status == 0, found.err
+    (tmp_path / "deploy.prototxt").write_text(DATA + layers + BODY)
+    normal(plain_outputs(str(tmp_path / "deploy.prototxt"), found.output, pixels(images)), AFFINE)
+
+
+ABSENT = layer("data", "Data", "", "data label", "data_param { source: 'absent' batch_size: 9 }")
+PYTHON = layer("data", "Python", "", "data label", "python_param { module: 'absent' layer: 'Own' }")
+PRIVATE = layer("data", "PairedPictures", "", "data label")
+UNKNOWN_SIZE = [ABSENT, PYTHON, PRIVATE]
+
+
+@pytest.mark.parametrize("source", UNKNOWN_SIZE, ids=["database", "Python module", "layer type"])
+def test_images_stand_for_a_data_layer_that_is_not_there(capsys, tmp_path, images, source):
+    text = source + BODY + layer("loss", "SoftmaxWithLoss", "fc4 label")
+    found = run(capsys, tmp_path, text, "-d", images, "-bs", "6", "-nit", "4", "--size", "16", "16")
+    assert found.status == 0, found.err
+    (tmp_path / "deploy.prototxt").write_text(TOY)
+    normal(plain_outputs(str(tmp_path / "deploy.prototxt"), found.output, pixels(images)), AFFINE)
+
+
+@pytest.mark.parametrize("beside", ["the net", "another net", "inside"])
+def test_a_solver_stands_for_its_net(capsys, tmp_path, images, beside):
+    folder = tmp_path / "solver"
+    folder.mkdir()
+    text = {"the net": "net: 'models/zoo/net.prototxt' base_lr: 0.1", "another net":
+            "train_net: 'net.prototxt' test_net: 'absent' test_iter: 1", "inside":
+            "net_param { %s } base_lr: 0.1" % TOY}[beside]
+    (folder / "solver.prototxt").write_text(text)
+    (folder / "net.prototxt").write_text(TOY)
+    options = ["-d", images, "-bs", "6", "-nit", "4"]
+    found = run_file(capsys, tmp_path, str(folder / "solver.prototxt"), *options)
+    assert found.status == 0, found.err
+    assert "a solver's definition" in found.err
+    assert bytes_of(found.output) == bytes_of(run(capsys, tmp_path, TOY, *options,
+                                                  name="other").output)
+
+
+FIXED = {
+    "Reshape": layer("conv1", "Convolution", "data", "", CONV % (8, "")) + layer(
+        "flat", "Reshape", "conv1", "", "reshape_param { shape { dim: 10 dim: -1 } }")
+    + layer("fc", "InnerProduct", "flat", "", FC % 7),
+    "DummyData": layer("conv1", "Convolution", "data", "", CONV % (8, "")) + layer(
+        "ones", "DummyData", "", "", "dummy_data_param { shape { dim: 10 dim: 8 dim: 14 dim: 14 } "
+        "data_filler { value: 1 } }") + layer("sum", "Eltwise", "conv1 ones")
+    + layer("fc", "InnerProduct", "sum", "", FC % 7),
+}
+
+
+@pytest.mark.parametrize("kind", FIXED)
+def test_a_batch_size_that_the_definition_writes_out_is_kept(capsys, tmp_path, images, kind):
+    text = DATA + FIXED[kind]
+    found = run(capsys, tmp_path, text, "-d", images, "-bs", "6", "-nit", "2", "-cs")
+    assert found.status == 0, found.err
+    said = {"Reshape": "flat", "DummyData": "ones"}[kind]
+    assert "layer '%s' writes out the number of images in a batch: it stays 10" % said in found.err
+    assert found.report["images"] == 20
+    assert found.report["spread_after"] < 1.5
+
+
 # ---------------------------------------------------------------------------------------------
 # Graphs
 # ---------------------------------------------------------------------------------------------
@@ -189,7 +257,50 @@ INCEPTION = DATA + layer("conv1", "Convolution", "data", "", CONV % (6, "")) + R
 SIGMOID = TOY.replace("type: 'ReLU'", "type: 'Sigmoid'")
 
 
-def test_batch_normalisation_gets_the_statistics_of_its_input(capsys, tmp_path, images):
+def stages():
+    """Two stages that refine an answer, and an answer that joins both."""
+    text = DATA + layer("stem", "Convolution", "data", "", CONV % (8, "pad: 1"))
+    bottom = "stem"
+    for stage in ("p", "q"):
+        for number in range(3):
+            name = "%s%d" % (stage, number)
+            text += layer(name, "Convolution", bottom, "", CONV % (6, "pad: 1")) \
+                + layer(name + "_relu", "ReLU", name, name)
+            bottom = name
+        text += layer(stage, "Convolution", bottom, "", CONV % (4, "pad: 1"))
+        if stage == "p":
+            text += layer("both", "Concat", "stem p")
+            bottom = "both"
+    return text + layer("answer", "Concat", "p q")
+
+
+# Two answers of unlike nets that a Sigmoid holds apart, too.
+TWO_SIGMOIDS = DATA + layer("conv1", "Convolution", "data", "", CONV % (8, "")) \
+    + layer("s1", "Sigmoid", "conv1", "conv1") \
+    + layer("box", "Convolution", "conv1", "", CONV % (4, "")) \
+    + layer("conv2", "Convolution", "conv1", "", CONV % (4, "")) \
+    + layer("s2", "Sigmoid", "conv2", "conv2") \
+    + layer("class", "InnerProduct", "conv2", "", FC % 60)
+
+
+@pytest.mark.parametrize("text", [stages(), TWO_SIGMOIDS], ids=["joined answer", "two sigmoids"])
+def test_from_scratch_rates_held_apart_get_power_layers(capsys, tmp_path, images, text):
+    found = run(capsys, tmp_path, text, "-d", images, "-bs", "2", "-nit", "12", "-cs")
+    assert found.status == 0, found.err
+    assert any("Power" in line for line in found.report["changes"])
+    written = (tmp_path / "out.prototxt").read_text()
+    assert spread_on(written, found.output, pixels(images)[:8], draws=60) < 1.5
+
+
+@pytest.mark.parametrize("seed", "0123")
+def test_no_warning_says_that_rates_are_held_apart_where_they_are_not(capsys, tmp_path, images,
+                                                                    seed):
+    found = run(capsys, tmp_path, TWO_OUTPUTS, "-d", images, "-bs", "6", "-nit", "4", "-cs",
+                "--seed", seed)
+    assert "holds rates apart" not in found.err
+
+
+def test_batch_normalization_gets_the_statistics_of_its_input(capsys, tmp_path, images):
     found = run(capsys, tmp_path, RESIDUAL, "-d", images, "-bs", "6", "-nit", "4")
     assert found.status == 0, found.err
     outputs = plain_outputs(str(tmp_path / "net.prototxt"), found.output, pixels(images))

@@ -14,6 +14,7 @@ from toy_nets import image_input, layer
 import magic_init
 from ddinit import processes
 from ddinit.prototxt import caffe_messages
+from ddinit.weights import KINDS
 
 OLD = b"precious"
 
@@ -223,7 +224,7 @@ def test_constant_images_leave_finite_weights_and_a_warning(capsys, tmp_path, mo
     folder.mkdir()
     for number in range(4):
         cv2.imwrite(str(folder / ("%d.png" % number)), np.full((20, 20, 3), 90, np.uint8))
-    for number, kind in enumerate(magic_init.TYPES):
+    for number, kind in enumerate(KINDS):
         found = run(capsys, tmp_path, TOY.replace("pad: 1 ", ""), "-d", str(folder), "-cs", "-t",
                     kind, name="out%d" % number)
         assert found.status == 0, found.err
