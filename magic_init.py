@@ -82,8 +82,9 @@ def work(arguments: argparse.Namespace, output: Optional[str]) -> Result:
     if output is not None:
         working.net.save(output)
     clock.lap("between layers")
+    layers = records(session, done, found.statistics)
     notes = warn(session, found, fresh, arguments.calibrate)
-    return Result(records(session, done, found.statistics),
+    return Result(layers,
                   found.before.by_layer(), found.after.by_layer(),
                   found.before.variation(), found.after.variation(),
                   session.count * session.batches.size, notes, list(found.changes),

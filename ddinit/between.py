@@ -167,7 +167,8 @@ class _Problem:
         self.outputs = _rows(outputs, graph.variables) if graph.free_outputs else np.zeros(
             (1, graph.variables))
         squares = self.gradients.sum(axis=0)
-        self.live = np.isfinite(squares) & (squares > 0) & (self.weights > 0)
+        self.live = np.isfinite(squares) & (squares > 0) & (self.weights > 0) & np.isfinite(
+            self.weights)
         self.live_layers = self.sum(self.live) > 0
         self.root = np.sqrt(np.where(self.live, BLOCK_WEIGHT * size / of_layer[self.layer], 0.0))
 
