@@ -194,7 +194,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Check what can be checked, do the work in a child process, write files and the table."""
     started = time.perf_counter()
-    beside = None if arguments.inspect else os.path.splitext(arguments.output)[0] + ".prototxt"
+    beside = None if arguments.inspect or arguments.output is None else os.path.splitext(
+        arguments.output)[0] + ".prototxt"
     _check(arguments, beside)
     if arguments.data is not None:
         arguments.data = images.find_images(arguments.data)
