@@ -17,18 +17,20 @@ GREY = (0.114, 0.587, 0.299)  # of blue, green and red
 LISTS = (".txt", ".lst", ".list")
 
 
-def find_images(wanted: Union[str, Sequence[str]]) -> List[str]:
+def find_images(wanted: Union[str, "os.PathLike[str]", Sequence[Any]]) -> List[str]:
     """Return the files that a pattern, a folder, a list file or several of these stand for.
 
     A list file (.txt) has an image a line, perhaps with a label behind it, relative to where the
     command runs or to the list's own folder.
     Raises ValueError naming what has no images.
     """
+    if isinstance(wanted, os.PathLike):
+        wanted = os.fspath(wanted)
     if not isinstance(wanted, str):
-        return [path for one in wanted for path in find_images(os.fspath(one))]
+        return [path for one in wanted for path in find_images(one)]
     if os.path.isfile(wanted):
         return _listed(wanted) if wanted.endswith(LISTS) else [wanted]
-    pattern = os.path.join(wanted, "*") if os.path.isdir(wanted) else wanted
+    pattern = os.path.join(glob.escape(wanted), "*") if os.path.isdir(wanted) else wanted
     found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not found:
         raise ValueError("%s: no images there" % pattern)
