@@ -61,11 +61,14 @@ def read_image(path: str, height: int, width: int, grey: bool = False) -> np.nda
     """
     with open(path, "rb") as file:
         content = file.read()
+    cut = is_cut_short(content)
+    if cut:  # OpenCV decodes no JPEG in memory that has no end
+        content += b"\xff\xd9"
     image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE if grey
                          else cv2.IMREAD_COLOR) if content else None
     if image is None:
         raise ValueError("%s: not an image that OpenCV can read" % path)
-    if is_cut_short(content):
+    if cut:
         log.warning("%s: the image file is cut short, a part of it is missing", path)
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     return image[None] if grey else np.ascontiguousarray(image.transpose(2, 0, 1))
