@@ -102,7 +102,7 @@ def read_mean(path: str) -> np.ndarray:
         raise ValueError("%s: cannot read the mean (%s)" % (path, error.strerror)) from error
     except Exception as error:  # protobuf and numpy raise what they like
         raise ValueError("%s: not a mean image as .npy or .binaryproto" % path) from error
-    mean = mean.reshape(mean.shape[mean.ndim - 3:]) if mean.ndim > 3 else mean
+    mean = mean.reshape(mean.shape[-3:]) if mean.shape[:-3] == (1,) else mean
     mean = mean.reshape(-1, 1, 1) if mean.ndim == 1 else mean[None] if mean.ndim == 2 else mean
     if mean.ndim != 3 or len(mean) not in (1, 3):
         raise ValueError("%s: a mean has 1 or 3 channels, this one has the shape %s"
