@@ -62,6 +62,40 @@ def pixels(pattern: str, height: int = SIDE, width: int = SIDE, mean: Any = MEAN
                      for name in sorted(os.listdir(folder))])
 
 
+def write_hdf5(path: str, data: np.ndarray) -> None:
+    """Write a dataset 'data' with Caffe's own HDF5Output layer, which takes two blobs."""
+    caffe = import_caffe()
+    definition = path + ".prototxt"
+    shape = " ".join("dim: %d" % one for one in data.shape)
+    with open(definition, "w") as file:
+        file.write(layer("in", "Input", "", "a b", "input_param { shape { %s } shape { dim: %d } }"
+                         % (shape, len(data)))
+                   + layer("out", "HDF5Output", "a b", "", "hdf5_output_param { file_name: '%s' }"
+                           % path).replace("top: 'out'", ""))
+    net = caffe.Net(definition, caffe.TEST)
+    net.blobs["a"].data[...] = data
+    net.forward()
+    del net  # closes the file
+
+
+def own_data_layer(kind: str, folder: str, images: str) -> str:
+    """The prototxt of a layer, ImageData or HDF5, that feeds a pattern's images in batches of 4."""
+    where = os.path.dirname(images)
+    listing = os.path.join(folder, "list.txt")
+    if kind == "ImageData":
+        with open(listing, "w") as file:
+            file.write("".join("%s 0\n" % os.path.join(where, name)
+                               for name in sorted(os.listdir(where))))
+        return layer("data", "ImageData", "", "data label", "transform_param { mean_value: 104 "
+                     "mean_value: 117 mean_value: 123 } image_data_param { source: '%s' "
+                     "batch_size: 4 new_height: %d new_width: %d }" % (listing, SIDE, SIDE))
+    write_hdf5(os.path.join(folder, "images.h5"), pixels(images).astype(np.float32))
+    with open(listing, "w") as file:
+        file.write(os.path.join(folder, "images.h5") + "\n")
+    return layer("data", "HDF5Data", "", "data", "hdf5_data_param { source: '%s' batch_size: 4 }"
+                 % listing)
+
+
 def run(capsys: Any, folder: Any, definition: str, *options: str, name: str = "out",
         report: bool = True) -> Outcome:
     """Run the command on a definition (text) with its files in a folder."""

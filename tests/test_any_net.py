@@ -15,6 +15,7 @@ from initialised import (
     by_channel,
     bytes_of,
     here,
+    own_data_layer,
     pixels,
     plain_outputs,
     run,
@@ -28,7 +29,6 @@ from toy_nets import image_input, layer, working_net
 import image_database
 import magic_init
 from ddinit import processes
-from ddinit.prototxt import import_caffe
 
 FC = "inner_product_param { num_output: %d }"
 
@@ -109,22 +109,6 @@ def raw(images):
     return (pixels(images, mean=(0, 0, 0))).astype(np.uint8)
 
 
-def write_hdf5(path, data):
-    """Write a dataset 'data' with Caffe's own HDF5Output layer, which takes two blobs."""
-    caffe = import_caffe()
-    definition = path + ".prototxt"
-    shape = " ".join("dim: %d" % one for one in data.shape)
-    with open(definition, "w") as file:
-        file.write(layer("in", "Input", "", "a b", "input_param { shape { %s } shape { dim: %d } }"
-                         % (shape, len(data)))
-                   + layer("out", "HDF5Output", "a b", "", "hdf5_output_param { file_name: '%s' }"
-                           % path).replace("top: 'out'", ""))
-    net = caffe.Net(definition, caffe.TEST)
-    net.blobs["a"].data[...] = data
-    net.forward()
-    del net  # closes the file
-
-
 def data_layer(kind, folder, images):
     """The prototxt of a layer that feeds the images in batches of 4."""
     if kind == "LMDB":
@@ -133,21 +117,7 @@ def data_layer(kind, folder, images):
         return layer("data", "Data", "", "data label", "transform_param { mean_value: 104 "
                      "mean_value: 117 mean_value: 123 } data_param { source: '%s' batch_size: 4 "
                      "backend: LMDB }" % path)
-    if kind == "ImageData":
-        listing = os.path.join(folder, "list.txt")
-        names = sorted(os.listdir(os.path.dirname(images)))
-        with open(listing, "w") as file:
-            file.write("".join("%s 0\n" % os.path.join(os.path.dirname(images), name)
-                               for name in names))
-        return layer("data", "ImageData", "", "data label", "transform_param { mean_value: 104 "
-                     "mean_value: 117 mean_value: 123 } image_data_param { source: '%s' "
-                     "batch_size: 4 new_height: 16 new_width: 16 }" % listing)
-    path = os.path.join(folder, "images.h5")
-    write_hdf5(path, pixels(images).astype(np.float32))
-    with open(os.path.join(folder, "h5.txt"), "w") as file:
-        file.write(path + "\n")
-    return layer("data", "HDF5Data", "", "data", "hdf5_data_param { source: '%s' batch_size: 4 }"
-                 % os.path.join(folder, "h5.txt"))
+    return own_data_layer(kind, folder, images)
 
 
 @pytest.mark.parametrize("kind", ["LMDB", "ImageData", "HDF5"])
