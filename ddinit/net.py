@@ -145,13 +145,16 @@ def copy_weights(source: Any, target: Any) -> None:
     They are copied, not shared by Caffe: nets that share weights can crash when they end.
     Raises ValueError naming a layer of the target that the source does not have.
     """
-    for name, blobs in target.params.items():
+    for name, blobs in target.params.items():  # all of them before any changes
         if name not in source.params:
             raise ValueError("layer '%s' of one net is not in the other" % name)
+        given, wanted = ([list(blob.shape) for blob in each]
+                         for each in (source.params[name], blobs))
+        if given != wanted:
+            raise ValueError("layer '%s' has weights of shape %s in one net and %s in the other"
+                             % (name, *(" and ".join(map(str, each)) for each in (given, wanted))))
+    for name, blobs in target.params.items():
         for blob, other in zip(blobs, source.params[name]):
-            if tuple(blob.shape) != tuple(other.shape):
-                raise ValueError("layer '%s' has weights of shape %s in one net and %s in the other"
-                                 % (name, list(other.shape), list(blob.shape)))
             blob.data[...] = other.data
 
 
