@@ -27,6 +27,8 @@ def find_images(wanted: Union[str, "os.PathLike[str]", Sequence[Any]]) -> List[s
     if isinstance(wanted, os.PathLike):
         wanted = os.fspath(wanted)
     if not isinstance(wanted, str):
+        if not len(wanted):
+            raise ValueError("the list of images is empty")
         return [path for one in wanted for path in find_images(one)]
     if os.path.isfile(wanted):
         return _listed(wanted) if wanted.endswith(LISTS) else [wanted]
