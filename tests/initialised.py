@@ -63,7 +63,7 @@ def pixels(pattern: str, height: int = SIDE, width: int = SIDE, mean: Any = MEAN
 
 
 def write_hdf5(path: str, data: np.ndarray) -> None:
-    """Write a dataset 'data' with Caffe's own HDF5Output layer, which takes two blobs."""
+    """Write datasets 'data' and, of zeros, 'label' with Caffe's own HDF5Output layer."""
     caffe = import_caffe()
     definition = path + ".prototxt"
     shape = " ".join("dim: %d" % one for one in data.shape)
@@ -92,7 +92,7 @@ def own_data_layer(kind: str, folder: str, images: str) -> str:
     write_hdf5(os.path.join(folder, "images.h5"), pixels(images).astype(np.float32))
     with open(listing, "w") as file:
         file.write(os.path.join(folder, "images.h5") + "\n")
-    return layer("data", "HDF5Data", "", "data", "hdf5_data_param { source: '%s' batch_size: 4 }"
+    return layer("data", "HDF5Data", "", "data label", "hdf5_data_param { source: '%s' batch_size: 4 }"
                  % listing)
 
 

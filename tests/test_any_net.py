@@ -122,9 +122,8 @@ def data_layer(kind, folder, images):
 
 @pytest.mark.parametrize("kind", ["LMDB", "ImageData", "HDF5"])
 def test_without_images_the_nets_own_data_layer_feeds_it(capsys, tmp_path, images, kind):
-    text = data_layer(kind, str(tmp_path), images) + BODY
-    if kind != "HDF5":
-        text += layer("loss", "SoftmaxWithLoss", "fc4 label")
+    text = data_layer(kind, str(tmp_path), images) + BODY \
+        + layer("loss", "SoftmaxWithLoss", "fc4 label")
     found = run(capsys, tmp_path, text, "-nit", "6", "-t", "kmeans", name="plain")
     assert found.status == 0, found.err
     assert found.report["images"] == 24  # batches of the layer's own size
