@@ -583,7 +583,7 @@ def test_results_do_not_depend_on_the_number_of_threads_but_for_rounding(prototx
     for threads in ("1", "2"):
         output = str(tmp_path / ("out%s.caffemodel" % threads))
         ran = python("import sys, magic_init; sys.exit(magic_init.main(%r))" % [
-            path, output, "-d", images, "-bs", "8", "-t", "pca", "-cs", "--cpu", "-q"],
+            path, output, "-d", images, "-bs", "8", "-t", "kmeans", "-cs", "--cpu", "-q"],
             OPENBLAS_NUM_THREADS=threads)
         assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
         found.append(stored_weights(output))
