@@ -5,7 +5,7 @@ s_w / s_in has its gradient times s_in / s_w.  So every change rate after rescal
 closed form, and the log scales that make the logarithms of all rates equal follow by least squares.
 On a homogeneous chain they are those of Algorithm 2, r_k = (C_k / C)^(alpha / 2).
 """
-from typing import Any, Dict, List, NamedTuple, Sequence, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import scipy.linalg
@@ -20,33 +20,33 @@ from ddinit.scales import Form, ScaleGraph, plus
 GOAL = 1.2
 # Measured rates within this factor are settled: one more step, on several batches, is the last.
 SETTLED = 1.5
-# How many batches the last step is measured on.
-LAST_BATCHES = 4
+# How many images a step before the last is measured on, and how many batches the last one.
+SETTLING_IMAGES = 4
+LAST_BATCHES = 3
 # How much the blocks of one layer count in `solve` against the means of layers.
 BLOCK_WEIGHT = 0.1
 # How much a log scale of an output that may move counts in `solve` against a layer's log rate.
 OUTPUT_WEIGHT = 0.1
 
 
-def equalize(working: WorkingNet, batches: Any, rng: np.random.Generator, alpha: float = 1.0,
-             iterations: int = 10, literal: bool = False) -> ChangeRates:
+def equalize(working: WorkingNet, batches: Any, count: int, rng: np.random.Generator,
+             alpha: float = 1.0, iterations: int = 10, literal: bool = False) -> ChangeRates:
     """Run Algorithm 2 on a net from scratch, whose definition stays; return the rates before it.
 
-    With alpha = 1 a step is exact but for LRN layers, whose degree depends on the scale: steps on
-    a batch each settle these, and the last one is measured on LAST_BATCHES.  A smaller alpha is the
-    paper's own damped schedule with a batch each time.
+    With alpha = 1 a step is exact but for LRN layers, whose degree depends on the scale: steps on a
+    few images settle these, and the last one is measured on the last of the `count` batches.  A
+    smaller alpha is the paper's own damped schedule with a batch each time.
     """
-    kept = None                      # the outputs keep the standard deviation that they have now
-    before = None
-    seen = 0
+    by_output = len(working.outputs) > 1
+    before = kept = None
     last = alpha == 1 and not any(layer.type == "LRN" for layer in working.layers)
-    for _ in range(iterations):                                  # repeat
-        numbers = [(seen + more) % batches.count for more in range(LAST_BATCHES if last else 1)]
-        seen += len(numbers)
-        C = measure(working, batches, numbers, rng, len(working.outputs) > 1, literal)
+    for iteration in range(iterations):                          # repeat
+        few = SETTLING_IMAGES if alpha == 1 and not last else None
+        numbers = last_batches(count) if last else [0] if few else [iteration % count]
+        C = measure(working, batches, numbers, rng, by_output, literal, few)
         before = before or C                                     # C_k = E_j[C_k,j]
         kept = kept or output_std(working)
-        graph, log_scales = solve_from_scratch(working, C, kept)
+        graph, log_scales = solve_from_scratch(working, C, kept if few else None)
         log_r = alpha * log_scales                               # r_k = (C_k / C)^(alpha / 2)
         apply_to_weights(graph, log_r)                           # b_k <- r_k b_k, W_k <- r_k W_k,
         if last:                                                 # undone in the layer above
@@ -56,17 +56,26 @@ def equalize(working: WorkingNet, batches: Any, rng: np.random.Generator, alpha:
     return before
 
 
+def last_batches(count: int) -> List[int]:
+    """Return the batches, of `count`, that the last step is measured on.
+
+    No filters are made from these as long as there are others: filters respond more to the images
+    that they come from, and rates on other images would differ.
+    """
+    return list(range(max(count - LAST_BATCHES, count // 2), count))
+
+
 def solve_from_scratch(working: WorkingNet, rates: ChangeRates,
-                       kept: Dict[str, float]) -> Tuple[ScaleGraph, np.ndarray]:
+                       kept: Optional[Dict[str, float]]) -> Tuple[ScaleGraph, np.ndarray]:
     """Return the scales that a net without a function to keep may have, and those to give it.
 
     LRN layers stay as they are: they have a degree that depends on the scale of their input, and is
-    found in turns with it.  Outputs go to the standard deviations `kept`; of several, all but the
-    last, the main one, are free.
+    found in turns with it.  Outputs go to the standard deviations in `kept`, or stay; of several,
+    all but the last, the main one, are free.
     """
     now = output_std(working)
-    logs = {name: float(np.log(kept[name] / now[name])) for name in now
-            if kept[name] > 0 and now[name] > 0}
+    logs = {name: float(np.log(std / now[name])) for name, std in (kept or {}).items()
+            if std > 0 and now[name] > 0}
     lrn = [layer for layer in working.layers if layer.type == "LRN"]
     at = {layer.name: 0.0 for layer in lrn}
     while True:

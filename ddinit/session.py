@@ -218,13 +218,12 @@ def calibrate_session(session: Session, rng: np.random.Generator, keep_function:
         graph = ScaleGraph(session.working)
         solution = between.solve(graph, before, [one.layer.name for one in graph.affine])
         return rescale_exactly(session, graph, solution, before, rng, options)
-    before = between.equalize(session.working, session.batches, rng, *options)
+    before = between.equalize(session.working, session.batches, session.count, rng, *options)
     statistics: Dict[str, Statistics] = {}
     after = session.judge(rng, options.literal, statistics)
     done = Calibration(before, after, statistics)
     if spread(after.by_layer()) > APART and options.alpha == 1:
-        graph, _ = between.solve_from_scratch(session.working, after,
-                                              between.output_std(session.working))
+        graph, _ = between.solve_from_scratch(session.working, after, None)
         solution = between.solve(graph, after, [one.layer.name for one in graph.affine])
         if solution.auxiliary:
             done = rescale_exactly(session, graph, solution, before, rng, options)
@@ -241,7 +240,7 @@ def rescale_exactly(session: Session, graph: ScaleGraph, solution: between.Solut
     in a net of the changed definition where it has to change.  The session goes on with that.
     """
     working = session.working
-    session.batches.load(session.check, working.net)
+    working.load(session.batches, session.check)
     working.forward()
     expected = {name: np.array(working.blob(name).data) for name in working.outputs}
     solution = solution._replace(log_scales=options.alpha * solution.log_scales)
@@ -250,7 +249,7 @@ def rescale_exactly(session: Session, graph: ScaleGraph, solution: between.Solut
     if changes:
         session.working = session.build(definition)
         copy_weights(working.net, session.working.net)
-    session.batches.load(session.check, session.working.net)
+    session.working.load(session.batches, session.check)
     session.working.forward()
     difference = worst_difference(
         expected, {name: session.working.blob(name).data for name in expected})
