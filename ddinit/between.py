@@ -12,14 +12,14 @@ import scipy.linalg
 import scipy.ndimage
 import scipy.optimize
 
-from ddinit.change_rates import ChangeRates, measure, spread
+from ddinit.change_rates import ChangeRates, measure
 from ddinit.net import WorkingNet, address, affine_view
 from ddinit.scales import Form, ScaleGraph, plus
 
 # Layers' rates within this factor need no auxiliary Power layer.
 GOAL = 1.2
-# Measured rates within this factor are settled: one more step, on several batches, is the last.
-SETTLED = 1.5
+# A step that changes the log scale at LRN layers by less than this has settled them.
+SETTLED = 0.3
 # How many images a step before the last is measured on, and how many batches the last one.
 SETTLING_IMAGES = 4
 LAST_BATCHES = 3
@@ -29,31 +29,45 @@ BLOCK_WEIGHT = 0.1
 OUTPUT_WEIGHT = 0.1
 
 
+class Options(NamedTuple):
+    """How Algorithm 2 runs: damping alpha, steps at most, equation 2 to the letter or not, and the
+    standard deviation that the outputs of a net from scratch get (None: the one they have)."""
+    alpha: float = 1.0
+    iterations: int = 10
+    literal: bool = False
+    output_std: Optional[float] = None
+
+
 def equalize(working: WorkingNet, batches: Any, count: int, rng: np.random.Generator,
-             alpha: float = 1.0, iterations: int = 10, literal: bool = False) -> ChangeRates:
+             options: Options) -> ChangeRates:
     """Run Algorithm 2 on a net from scratch, whose definition stays; return the rates before it.
 
     With alpha = 1 a step is exact but for LRN layers, whose degree depends on the scale: steps on a
     few images settle these, and the last one is measured on the last of the `count` batches.  A
     smaller alpha is the paper's own damped schedule with a batch each time.
     """
-    by_output = len(working.outputs) > 1
-    before = kept = None
-    last = alpha == 1 and not any(layer.type == "LRN" for layer in working.layers)
-    for iteration in range(iterations):                          # repeat
-        few = SETTLING_IMAGES if alpha == 1 and not last else None
+    before = outputs = None
+    last = options.alpha == 1 and not any(layer.type == "LRN" for layer in working.layers)
+    for iteration in range(options.iterations):                  # repeat
+        few = SETTLING_IMAGES if options.alpha == 1 and not last else None
         numbers = last_batches(count) if last else [0] if few else [iteration % count]
-        C = measure(working, batches, numbers, rng, by_output, literal, few)
+        C = measure(working, batches, numbers, rng, len(working.outputs) > 1, options.literal, few)
         before = before or C                                     # C_k = E_j[C_k,j]
-        kept = kept or output_std(working)
-        graph, log_scales = solve_from_scratch(working, C, kept if few else None)
-        log_r = alpha * log_scales                               # r_k = (C_k / C)^(alpha / 2)
+        outputs = outputs or output_std(working, options.output_std)
+        graph, log_scales = solve_from_scratch(working, C, outputs)
+        log_r = options.alpha * log_scales                       # r_k = (C_k / C)^(alpha / 2)
         apply_to_weights(graph, log_r)                           # b_k <- r_k b_k, W_k <- r_k W_k,
         if last:                                                 # undone in the layer above
             break                                                # until convergence
-        last = alpha == 1 and spread(C.by_layer()) < SETTLED
+        last = options.alpha == 1 and lrn_change(graph, log_scales) < SETTLED
     assert before is not None
     return before
+
+
+def lrn_change(graph: ScaleGraph, log_scales: np.ndarray) -> float:
+    """Return the largest log scale that the input of an LRN layer gets."""
+    return max(abs(value(graph.blobs[layer.bottoms[0]][0][1], log_scales))
+               for layer in graph.working.layers if layer.type == "LRN")
 
 
 def last_batches(count: int) -> List[int]:
@@ -66,15 +80,15 @@ def last_batches(count: int) -> List[int]:
 
 
 def solve_from_scratch(working: WorkingNet, rates: ChangeRates,
-                       kept: Optional[Dict[str, float]]) -> Tuple[ScaleGraph, np.ndarray]:
+                       outputs: Dict[str, float]) -> Tuple[ScaleGraph, np.ndarray]:
     """Return the scales that a net without a function to keep may have, and those to give it.
 
     LRN layers stay as they are: they have a degree that depends on the scale of their input, and is
-    found in turns with it.  Outputs go to the standard deviations in `kept`, or stay; of several,
+    found in turns with it.  The net's outputs get the standard deviations `outputs`; of several,
     all but the last, the main one, are free.
     """
     now = output_std(working)
-    logs = {name: float(np.log(std / now[name])) for name, std in (kept or {}).items()
+    logs = {name: float(np.log(std / now[name])) for name, std in outputs.items()
             if std > 0 and now[name] > 0}
     lrn = [layer for layer in working.layers if layer.type == "LRN"]
     at = {layer.name: 0.0 for layer in lrn}
@@ -107,9 +121,10 @@ def lrn_degree(parameters: Any, bottom: np.ndarray, log_scale: float) -> float:
     return 1 + float(np.log(after.sum(dtype=np.float64) / total)) / log_s if total > 0 else 1.0
 
 
-def output_std(working: WorkingNet) -> Dict[str, float]:
-    """Return the standard deviation of each output of the batch that the net holds."""
-    return {name: float(working.blob(name).data.std()) for name in working.outputs}
+def output_std(working: WorkingNet, wanted: Optional[float] = None) -> Dict[str, float]:
+    """Return the standard deviation of each output of what the net holds, or the one `wanted`."""
+    return {name: float(working.blob(name).data.std()) if wanted is None else wanted
+            for name in working.outputs}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -176,7 +191,8 @@ class _Problem:
         self.outputs = _rows(outputs, graph.variables) if graph.free_outputs else np.zeros(
             (1, graph.variables))
         squares = self.gradients.sum(axis=0)
-        self.live = np.isfinite(squares) & (squares > 0) & (self.weights > 0)
+        self.live = np.isfinite(squares) & (squares > 0) & (self.weights > 0) & np.isfinite(
+            self.weights)
         self.live_layers = self.sum(self.live) > 0
         self.root = np.sqrt(np.where(self.live, BLOCK_WEIGHT * size / of_layer[self.layer], 0.0))
 
@@ -230,7 +246,8 @@ class _Problem:
         matrix, _, row_of = self._equations(auxiliary)
         directions = np.linalg.pinv(matrix, rcond=1e-10)
         residuals, jacobian = self._residuals(x), self._jacobian(x)
-        known = scipy.linalg.orth(jacobian @ self._basis(auxiliary))
+        basis = self._basis(auxiliary)
+        known = scipy.linalg.orth(jacobian @ basis) if basis.shape[1] else jacobian[:, :0]
         gains = {}
         for name in names:
             direction = directions[:, row_of[name]]

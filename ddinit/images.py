@@ -17,18 +17,20 @@ GREY = (0.114, 0.587, 0.299)  # of blue, green and red
 LISTS = (".txt", ".lst", ".list")
 
 
-def find_images(wanted: Union[str, Sequence[str]]) -> List[str]:
+def find_images(wanted: Union[str, "os.PathLike[str]", Sequence[Any]]) -> List[str]:
     """Return the files that a pattern, a folder, a list file or several of these stand for.
 
     A list file (.txt) has an image a line, perhaps with a label behind it, relative to where the
     command runs or to the list's own folder.
     Raises ValueError naming what has no images.
     """
+    if isinstance(wanted, os.PathLike):
+        wanted = os.fspath(wanted)
     if not isinstance(wanted, str):
-        return [path for one in wanted for path in find_images(os.fspath(one))]
+        return [path for one in wanted for path in find_images(one)]
     if os.path.isfile(wanted):
         return _listed(wanted) if wanted.endswith(LISTS) else [wanted]
-    pattern = os.path.join(wanted, "*") if os.path.isdir(wanted) else wanted
+    pattern = os.path.join(glob.escape(wanted), "*") if os.path.isdir(wanted) else wanted
     found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not found:
         raise ValueError("%s: no images there" % pattern)
@@ -59,11 +61,14 @@ def read_image(path: str, height: int, width: int, grey: bool = False) -> np.nda
     """
     with open(path, "rb") as file:
         content = file.read()
+    cut = is_cut_short(content)
+    if cut:  # OpenCV decodes no JPEG in memory that has no end
+        content += b"\xff\xd9"
     image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE if grey
                          else cv2.IMREAD_COLOR) if content else None
     if image is None:
         raise ValueError("%s: not an image that OpenCV can read" % path)
-    if is_cut_short(content):
+    if cut:
         log.warning("%s: the image file is cut short, a part of it is missing", path)
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     return image[None] if grey else np.ascontiguousarray(image.transpose(2, 0, 1))
@@ -97,7 +102,7 @@ def read_mean(path: str) -> np.ndarray:
         raise ValueError("%s: cannot read the mean (%s)" % (path, error.strerror)) from error
     except Exception as error:  # protobuf and numpy raise what they like
         raise ValueError("%s: not a mean image as .npy or .binaryproto" % path) from error
-    mean = mean.reshape(mean.shape[mean.ndim - 3:]) if mean.ndim > 3 else mean
+    mean = mean.reshape(mean.shape[-3:]) if mean.shape[:-3] == (1,) else mean
     mean = mean.reshape(-1, 1, 1) if mean.ndim == 1 else mean[None] if mean.ndim == 2 else mean
     if mean.ndim != 3 or len(mean) not in (1, 3):
         raise ValueError("%s: a mean has 1 or 3 channels, this one has the shape %s"

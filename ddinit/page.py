@@ -160,8 +160,8 @@ def _finite(value: Optional[float], logarithmic: bool) -> Optional[float]:
 
 def _table(layers: Sequence[Dict[str, Any]], both: bool) -> str:
     names = ["before", "after"] if both else ["after"]
-    rates = [math.log10(layer["rate_" + name]) for layer in layers for name in names
-             if layer["rate_" + name]]
+    places = [_finite(layer["rate_" + name], True) for layer in layers for name in names]
+    rates = [place for place in places if place is not None]
     low, high = (min(rates) - 0.3, max(rates) + 0.01) if rates else (0.0, 1.0)
     heads = ["layer", "type", "weights from", "weights", "output mean", "output std",
              *["rate " + name for name in names], "", "variation"]
@@ -174,8 +174,8 @@ def _table(layers: Sequence[Dict[str, Any]], both: bool) -> str:
         cells += ["<td>%s</td>" % _number(layer[key]) for key in (
             "mean", "std", *["rate_" + name for name in names])]
         bars = "".join('<span class="bar" style="width:%.1f%%;background:%s"></span>' % (
-            100 * (math.log10(layer["rate_" + name]) - low) / (high - low), COLOURS[name])
-            for name in names if layer["rate_" + name])
+            100 * (place - low) / (high - low), COLOURS[name]) for name in names
+            for place in [_finite(layer["rate_" + name], True)] if place is not None)
         cells += ['<td class="bars">%s</td>' % bars,
                   "<td>%s</td>" % _number(layer["variation_after"])]
         rows.append("<tr>%s</tr>" % "".join(cells))

@@ -132,7 +132,7 @@ def _net_of_solver(solver: Any, path: str) -> Any:
     beside = os.path.join(os.path.dirname(path), name)
     found = next((one for one in (name, beside, os.path.join(os.path.dirname(path),
                   os.path.basename(name))) if os.path.isfile(one)), None)
-    if found is None:
+    if found is None or os.path.samefile(found, path):
         raise ValueError("%s: a solver's definition, and its net %s is not there: give the net's "
                          "prototxt instead" % (path, name))
     log.info("%s is a solver's definition: taking its net %s", path, found)

@@ -8,6 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 import numpy as np
 
 from ddinit import between
+from ddinit.between import Options
 from ddinit.change_rates import FEW_OUTPUTS, ChangeRates, measure, outputs_per_image, spread
 from ddinit.images import (
     HeldBatches,
@@ -167,7 +168,8 @@ def _open_self_fed(definition: Any, batches: int, net: Any) -> Session:
         raise ValueError("the net has no data layer of its own: give it images")
     held = read_batches(net, names, batches + 1)
     read = {bottom for layer in layers for bottom in layer.bottom}
-    made = {top for layer in layers if not is_source(layer) for top in layer.top}
+    made = {top for layer in layers if not layer.bottom and not is_source(layer)
+            for top in layer.top}
     inputs = [Input(name, tuple(net.blobs[name].shape)) for name in held.names
               if name in read - made]
     return Session(definition, inputs, held.only([blob for blob, _ in inputs]), batches, False)
@@ -198,13 +200,6 @@ class Calibration(NamedTuple):
     difference: Optional[float] = None
 
 
-class Options(NamedTuple):
-    """How Algorithm 2 runs: damping alpha, steps at most, equation 2 to the letter or not."""
-    alpha: float = 1.0
-    iterations: int = 10
-    literal: bool = False
-
-
 def calibrate_session(session: Session, rng: np.random.Generator, keep_function: bool,
                       options: Options) -> Calibration:
     """Make all layers train at one rate; `keep_function` of a net with loaded weights, exactly.
@@ -218,13 +213,16 @@ def calibrate_session(session: Session, rng: np.random.Generator, keep_function:
         graph = ScaleGraph(session.working)
         solution = between.solve(graph, before, [one.layer.name for one in graph.affine])
         return rescale_exactly(session, graph, solution, before, rng, options)
-    before = between.equalize(session.working, session.batches, session.count, rng, *options)
+    before = between.equalize(session.working, session.batches, session.count, rng, options)
     statistics: Dict[str, Statistics] = {}
     after = session.judge(rng, options.literal, statistics)
     done = Calibration(before, after, statistics)
     if spread(after.by_layer()) > APART and options.alpha == 1:
-        graph, _ = between.solve_from_scratch(session.working, after, None)
-        solution = between.solve(graph, after, [one.layer.name for one in graph.affine])
+        rates = measure(session.working, session.batches, session.rate_batches(), rng,
+                        len(session.working.outputs) > 1, options.literal)
+        graph, _ = between.solve_from_scratch(session.working, rates,
+                                              between.output_std(session.working))
+        solution = between.solve(graph, rates, [one.layer.name for one in graph.affine])
         if solution.auxiliary:
             done = rescale_exactly(session, graph, solution, before, rng, options)
             done = done._replace(difference=None)  # a net from scratch has no function to keep

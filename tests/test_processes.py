@@ -11,7 +11,7 @@ import time
 import pytest
 
 from ddinit import processes
-from ddinit.files import check_writable, replacing
+from ddinit.files import check_writable, read_text, replacing
 from ddinit.processes import ChildDied, command_line, in_child
 from ddinit.prototxt import caffe_messages, import_caffe
 
@@ -107,6 +107,47 @@ def test_places_that_cannot_be_written_are_named_and_devices_survive(tmp_path):
     assert os.listdir(str(tmp_path)) == []
 
 
+PATH = "b\u00e4ume/\u6d4b.png"
+
+
+@pytest.mark.parametrize("content", [
+    PATH.encode(), b"\xef\xbb\xbf" + PATH.encode(), PATH.encode("utf-16"),
+    b"\xff\xfe" + PATH.encode("utf-16-le"), b"\xfe\xff" + PATH.encode("utf-16-be"),
+], ids=["UTF-8", "UTF-8 with a mark", "UTF-16", "little-endian", "big-endian"])
+def test_text_is_read_in_every_encoding_of_unicode_without_its_mark(tmp_path, content):
+    (tmp_path / "text").write_bytes(content)
+    assert read_text(str(tmp_path / "text")) == PATH
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "latin-1", "shift-jis"])
+def test_paths_in_other_encodings_still_open_their_files(tmp_path, encoding):
+    name = {"latin-1": "b\u00e4ume", "shift-jis": "\u3042", "gbk": "\u6d4b\u8bd5"}[
+        encoding].encode(encoding)
+    with open(os.path.join(os.fsencode(str(tmp_path)), name), "wb") as file:
+        file.write(b"found")
+    (tmp_path / "list").write_bytes(name + b"\n")
+    (path,) = read_text(str(tmp_path / "list")).splitlines()
+    with open(os.path.join(str(tmp_path), path), "rb") as file:
+        assert file.read() == b"found"
+
+
+def test_bytes_that_look_like_half_a_utf_16_mark_are_read_all_the_same(tmp_path):
+    (tmp_path / "odd").write_bytes(b"\xff\xfea")
+    assert os.fsencode(read_text(str(tmp_path / "odd"))) == b"\xff\xfea"
+    (tmp_path / "cut").write_bytes(b"\xff\xfe\x00\xd8")  # half a pair
+    assert isinstance(read_text(str(tmp_path / "cut")), str)
+    (tmp_path / "empty").write_bytes(b"")
+    assert read_text(str(tmp_path / "empty")) == ""
+
+
+def test_text_that_cannot_be_read_is_named(tmp_path):
+    for path, message in ((tmp_path / "none", "No such file or directory"),
+                          (tmp_path, "Is a directory")):
+        with pytest.raises(ValueError) as error:
+            read_text(str(path))
+        assert str(error.value) == "%s: cannot read the file (%s)" % (path, message)
+
+
 # ---------------------------------------------------------------------------------------------
 # What ends a child.  The functions that run there are found by their names.
 # ---------------------------------------------------------------------------------------------
@@ -177,19 +218,28 @@ def start(request, monkeypatch):
     return request.param
 
 
-def test_a_parent_with_caffe_or_threads_is_not_forked(monkeypatch):
-    others, counted = threading.active_count() - 1, threading.active_count  # of other tests
-    monkeypatch.setattr(threading, "active_count", lambda: counted() - others)
-    monkeypatch.setitem(sys.modules, "caffe", None)
-    assert processes._start_method() == "spawn"
-    monkeypatch.delitem(sys.modules, "caffe")
-    assert processes._start_method() == "fork"
-    done = threading.Event()
-    thread = threading.Thread(target=done.wait)
-    thread.start()
-    assert processes._start_method() == "spawn"
-    done.set()
-    thread.join()
+def start_method(*lines):
+    """How a fresh process starts a child after some lines of Python."""
+    code = "\n".join(["from ddinit import processes", *lines, "print(processes._start_method())"])
+    return subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True,
+                          universal_newlines=True).stdout.strip()
+
+
+def test_a_parent_with_caffe_or_threads_is_not_forked():
+    """Threads of libraries count, too, which Python does not know of."""
+    assert start_method() == "fork"
+    assert start_method("import sys; sys.modules['caffe'] = None") == "spawn"
+    assert start_method("import threading, time",
+                        "threading.Thread(target=time.sleep, args=(1,)).start()") == "spawn"
+    assert start_method("import cv2, numpy; cv2.setNumThreads(4)",
+                        "cv2.GaussianBlur(numpy.zeros((999, 999)), (9, 9), 0)") == "spawn"
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """The quick way, where the other could make no difference."""
+    monkeypatch.setattr(processes, "_start_method", lambda: "fork")
+    return "fork"
 
 
 def test_child_returns_its_answer_and_is_another_process(start):
@@ -200,14 +250,14 @@ def test_child_returns_its_answer_and_is_another_process(start):
 
 @pytest.mark.parametrize("error", [ValueError("no images"), FileNotFoundError(2, "gone", "net"),
                                    KeyboardInterrupt(), SystemExit(3)], ids=repr)
-def test_errors_of_a_child_are_raised_here(start, error):
+def test_errors_of_a_child_are_raised_here(forked, error):
     with pytest.raises(type(error)) as raised:
         in_child(raising, error)
     assert raised.value.args == error.args
     assert "in raising" in str(raised.value.__cause__)  # where it happened can be found
 
 
-def test_errors_and_answers_that_cannot_be_sent_are_still_told(start):
+def test_errors_and_answers_that_cannot_be_sent_are_still_told(forked):
     with pytest.raises(ValueError, match="file:3 is wrong"):
         in_child(raising_stubborn)
     with pytest.raises(RuntimeError, match="lock"):
@@ -217,13 +267,13 @@ def test_errors_and_answers_that_cannot_be_sent_are_still_told(start):
 @pytest.mark.parametrize("number, message", [
     (signal.SIGKILL, "the work was killed, most likely because memory ran out"),
     (signal.SIGSEGV, "Caffe crashed (SIGSEGV)"), (signal.SIGABRT, "Caffe crashed (SIGABRT)")])
-def test_a_killed_child_is_one_line(start, number, message):
+def test_a_killed_child_is_one_line(forked, number, message):
     with pytest.raises(ChildDied) as error:
         in_child(killing_itself, number)
     assert str(error.value) == message
 
 
-def test_what_a_killed_child_leaves_behind_is_not_waited_for(start, tmp_path):
+def test_what_a_killed_child_leaves_behind_is_not_waited_for(forked, tmp_path):
     before = time.time()
     with pytest.raises(ChildDied, match="the work was killed"):
         in_child(killed_before_its_own_child, str(tmp_path / "left"))
@@ -231,7 +281,7 @@ def test_what_a_killed_child_leaves_behind_is_not_waited_for(start, tmp_path):
     os.kill(json.loads((tmp_path / "left").read_text()), signal.SIGKILL)
 
 
-def test_a_child_that_ends_without_a_word_is_one_line():
+def test_a_child_that_ends_without_a_word_is_one_line(forked):
     with pytest.raises(ChildDied, match="^the work ended without a result$"):
         in_child(exiting, 0)
 
@@ -313,13 +363,13 @@ def test_signals_interrupt_a_child_that_does_not_care(tmp_path, start, number):
     process, child = started(start, "sleeping", tmp_path / "child")
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "program: interrupted\n")
+    assert (process.returncode, out, err) == (128 + number, "", "program: interrupted\n")
     assert ends(child)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_child_may_stop_on_a_signal_in_its_own_way(tmp_path, start, number):
-    process, child = started(start, "stopping_on_signals", tmp_path / "child")
+def test_a_child_may_stop_on_a_signal_in_its_own_way(tmp_path, number):
+    process, child = started("fork", "stopping_on_signals", tmp_path / "child")
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "stopped by %d\n" % number, "")
@@ -333,7 +383,7 @@ def test_the_child_dies_with_its_parent(tmp_path, start):
     assert ends(child)
 
 
-def test_in_child_works_and_leaves_signals_alone_outside_the_main_thread():
+def test_in_child_works_and_leaves_signals_alone_outside_the_main_thread(forked):
     results = []
     thread = threading.Thread(target=lambda: results.append(in_child(answer, 5)))
     before = signal.getsignal(signal.SIGINT)
@@ -358,11 +408,12 @@ def test_errors_that_users_can_cause_are_one_line_and_status_2(capsys, error, me
     assert capsys.readouterr() == ("", message)
 
 
-def test_status_is_the_functions_and_interrupts_are_130(capsys):
+def test_status_is_the_functions_and_that_of_a_signal_is_128_more(capsys):
     assert command_line(lambda _: None, None, "tool") == 0
     assert command_line(lambda status: status, 1, "tool") == 1
     assert command_line(raising, KeyboardInterrupt(), "tool") == 130
-    assert capsys.readouterr().err == "tool: interrupted\n"
+    assert command_line(raising, processes.Interrupted(signal.SIGTERM), "tool") == 143
+    assert capsys.readouterr().err == 2 * "tool: interrupted\n"
 
 
 def test_errors_of_the_program_itself_are_not_hidden():
