@@ -274,8 +274,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--alpha", type=fraction, default=1.0, help="damping of a between-layer step, above 0 to "
         "1; the paper takes 0.25 and 10 iterations (default: 1)")
     add("--iterations", type=count, default=10, help="between-layer steps at most (default: 10)")
-    add("--output-std", type=positive, metavar="STD", help="standard deviation that --calibrate gives "
-        "the outputs of a net from scratch (default: the one that they have, about 1)")
+    add("--output-std", type=positive, metavar="STD", help="standard deviation that --calibrate "
+        "gives the outputs of a net from scratch (default: the one that they have, about 1)")
     add("--literal", action="store_true", help="equation 2 to the letter: squared gradients over "
         "the sum of squared weights, not over their mean")
     add("--mem-limit", type=count, default=3000, metavar="MB", help="memory for images and blobs; "

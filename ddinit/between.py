@@ -53,7 +53,8 @@ def equalize(working: WorkingNet, batches: Any, count: int, rng: np.random.Gener
         numbers = last_batches(count) if last else [0] if few else [iteration % count]
         C = measure(working, batches, numbers, rng, len(working.outputs) > 1, options.literal, few)
         before = before or C                                     # C_k = E_j[C_k,j]
-        outputs = outputs or output_std(working, options.output_std)
+        if outputs is None or not few:  # other images have outputs of another scale
+            outputs = output_std(working, options.output_std)
         graph, log_scales = solve_from_scratch(working, C, outputs)
         log_r = options.alpha * log_scales                       # r_k = (C_k / C)^(alpha / 2)
         apply_to_weights(graph, log_r)                           # b_k <- r_k b_k, W_k <- r_k W_k,
@@ -92,7 +93,7 @@ def solve_from_scratch(working: WorkingNet, rates: ChangeRates,
             if std > 0 and now[name] > 0}
     lrn = [layer for layer in working.layers if layer.type == "LRN"]
     at = {layer.name: 0.0 for layer in lrn}
-    while True:
+    for _ in range(20):
         degrees = {layer.name: lrn_degree(layer.parameters.lrn_param,
                                           working.blob(layer.bottoms[0]).data, at[layer.name])
                    for layer in lrn}
@@ -101,7 +102,8 @@ def solve_from_scratch(working: WorkingNet, rates: ChangeRates,
         before = at
         at = {layer.name: value(graph.blobs[layer.bottoms[0]][0][1], log_scales) for layer in lrn}
         if all(abs(at[name] - before[name]) < 0.01 for name in at):
-            return graph, log_scales
+            break
+    return graph, log_scales
 
 
 def lrn_degree(parameters: Any, bottom: np.ndarray, log_scale: float) -> float:
