@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ddinit import argument_types, caffemodel, files, images, net, page, processes, report, results
 from ddinit.api import calibrate, change_rates, initialize
-from ddinit.argument_types import count, finite, fraction, natural
+from ddinit.argument_types import count, finite, fraction, natural, positive
 from ddinit.change_rates import measure
 from ddinit.prototxt import import_caffe, read_definition
 from ddinit.report import LayerRecord, Result
@@ -73,7 +73,8 @@ def work(arguments: argparse.Namespace, output: Optional[str]) -> Result:
     clock.lap("set up")
     done = initialize_session(session, arguments, fresh, rng)
     clock.lap("within layers")
-    options = Options(arguments.alpha, arguments.iterations, arguments.literal)
+    options = Options(arguments.alpha, arguments.iterations, arguments.literal,
+                      arguments.output_std)
     loaded = any(one.weights == "loaded" for one in done)
     if arguments.calibrate:
         found = calibrate_session(session, rng, loaded, options)
@@ -273,6 +274,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--alpha", type=fraction, default=1.0, help="damping of a between-layer step, above 0 to "
         "1; the paper takes 0.25 and 10 iterations (default: 1)")
     add("--iterations", type=count, default=10, help="between-layer steps at most (default: 10)")
+    add("--output-std", type=positive, metavar="STD", help="standard deviation that --calibrate "
+        "gives the outputs of a net from scratch (default: the one that they have, about 1)")
     add("--literal", action="store_true", help="equation 2 to the letter: squared gradients over "
         "the sum of squared weights, not over their mean")
     add("--mem-limit", type=count, default=3000, metavar="MB", help="memory for images and blobs; "
@@ -327,6 +330,8 @@ def _check(arguments: argparse.Namespace, beside: Optional[str]) -> None:
         raise ValueError("--inspect needs the weights to measure: --load FILE")
     if arguments.inspect and (arguments.output or arguments.calibrate):
         raise ValueError("--inspect writes no weights: leave OUTPUT and --calibrate away")
+    if arguments.output_std is not None and not arguments.calibrate:
+        raise ValueError("--output-std is a part of the step between layers: add --calibrate")
     if arguments.output is None and not arguments.inspect:
         raise ValueError("the OUTPUT to write is missing (see --help)")
     for path in (arguments.prototxt, arguments.load):

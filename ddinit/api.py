@@ -67,8 +67,8 @@ def initialize(net: Any, prototxt: str, images: Optional[Images] = None, kind: s
 
 def calibrate(net: Any, prototxt: str, images: Optional[Images] = None, batches: int = 10,
               seed: int = 0, *, keep_function: Optional[bool] = None, alpha: float = 1.0,
-              iterations: int = 10, literal: bool = False, mean: Any = MEAN,
-              scale: float = 1.0) -> Optional[str]:
+              iterations: int = 10, literal: bool = False, output_std: Optional[float] = None,
+              mean: Any = MEAN, scale: float = 1.0) -> Optional[str]:
     """Make all layers of a net train at one rate (section 3.2, Algorithm 2), in place.
 
     Parameters
@@ -78,6 +78,8 @@ def calibrate(net: Any, prototxt: str, images: Optional[Images] = None, batches:
     alpha, iterations : damping and number of the steps of a net from scratch; alpha = 1 takes the
         exact step, the paper's schedule is 0.25 and 10
     literal : equation 2 to the letter (see `change_rates`)
+    output_std : standard deviation that the outputs of a net from scratch get, by default the one
+        that they have; small outputs train better (experiments/results/small_tables.md)
 
     The other parameters are those of `initialize`.
 
@@ -92,7 +94,7 @@ def calibrate(net: Any, prototxt: str, images: Optional[Images] = None, batches:
     if keep_function is None:
         fresh: Set[str] = getattr(net, FRESH, set())
         keep_function = not fresh.issuperset(layer.name for layer in session.working.affine)
-    done = calibrate_session(session, rng, keep_function, Options(alpha, iterations, literal))
+    done = calibrate_session(session, rng, keep_function, Options(alpha, iterations, literal, output_std))
     if done.difference is not None and not done.difference <= TOLERANCE:
         raise ValueError("the rescaled net's outputs differ by %.2g of their standard deviation "
                          "(more than %g): the net stays as it was" % (done.difference, TOLERANCE))

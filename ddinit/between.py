@@ -5,71 +5,95 @@ s_w / s_in has its gradient times s_in / s_w.  So every change rate after rescal
 closed form, and the log scales that make the logarithms of all rates equal follow by least squares.
 On a homogeneous chain they are those of Algorithm 2, r_k = (C_k / C)^(alpha / 2).
 """
-from typing import Any, Dict, List, NamedTuple, Sequence, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import scipy.linalg
 import scipy.ndimage
 import scipy.optimize
 
-from ddinit.change_rates import ChangeRates, measure, spread
+from ddinit.change_rates import ChangeRates, measure
 from ddinit.net import WorkingNet, address, affine_view
 from ddinit.scales import Form, ScaleGraph, plus
 
 # Layers' rates within this factor need no auxiliary Power layer.
 GOAL = 1.2
-# Measured rates within this factor are settled: one more step, on several batches, is the last.
-SETTLED = 1.5
-# How many batches the last step is measured on.
-LAST_BATCHES = 4
+# A step that changes the log scale at LRN layers by less than this has settled them.
+SETTLED = 0.3
+# How many images a step before the last is measured on, and how many batches the last one.
+SETTLING_IMAGES = 4
+LAST_BATCHES = 3
 # How much the blocks of one layer count in `solve` against the means of layers.
 BLOCK_WEIGHT = 0.1
 # How much a log scale of an output that may move counts in `solve` against a layer's log rate.
 OUTPUT_WEIGHT = 0.1
 
 
-def equalize(working: WorkingNet, batches: Any, rng: np.random.Generator, alpha: float = 1.0,
-             iterations: int = 10, literal: bool = False) -> ChangeRates:
+class Options(NamedTuple):
+    """How Algorithm 2 runs: damping alpha, steps at most, equation 2 to the letter or not, and the
+    standard deviation that the outputs of a net from scratch get (None: the one they have)."""
+    alpha: float = 1.0
+    iterations: int = 10
+    literal: bool = False
+    output_std: Optional[float] = None
+
+
+def equalize(working: WorkingNet, batches: Any, count: int, rng: np.random.Generator,
+             options: Options) -> ChangeRates:
     """Run Algorithm 2 on a net from scratch, whose definition stays; return the rates before it.
 
-    With alpha = 1 a step is exact but for LRN layers, whose degree depends on the scale: steps on
-    a batch each settle these, and the last one is measured on LAST_BATCHES.  A smaller alpha is the
-    paper's own damped schedule with a batch each time.
+    With alpha = 1 a step is exact but for LRN layers, whose degree depends on the scale: steps on a
+    few images settle these, and the last one is measured on the last of the `count` batches.  A
+    smaller alpha is the paper's own damped schedule with a batch each time.
     """
-    kept = None                      # the outputs keep the standard deviation that they have now
-    before = None
-    seen = 0
-    last = alpha == 1 and not any(layer.type == "LRN" for layer in working.layers)
-    for _ in range(iterations):                                  # repeat
-        numbers = [(seen + more) % batches.count for more in range(LAST_BATCHES if last else 1)]
-        seen += len(numbers)
-        C = measure(working, batches, numbers, rng, len(working.outputs) > 1, literal)
+    before = outputs = None
+    last = options.alpha == 1 and not any(layer.type == "LRN" for layer in working.layers)
+    for iteration in range(options.iterations):                  # repeat
+        few = SETTLING_IMAGES if options.alpha == 1 and not last else None
+        numbers = last_batches(count) if last else [0] if few else [iteration % count]
+        C = measure(working, batches, numbers, rng, len(working.outputs) > 1, options.literal, few)
         before = before or C                                     # C_k = E_j[C_k,j]
-        kept = kept or output_std(working)
-        graph, log_scales = solve_from_scratch(working, C, kept)
-        log_r = alpha * log_scales                               # r_k = (C_k / C)^(alpha / 2)
+        if outputs is None or not few:  # other images have outputs of another scale
+            outputs = output_std(working, options.output_std)
+        graph, log_scales = solve_from_scratch(working, C, outputs)
+        log_r = options.alpha * log_scales                       # r_k = (C_k / C)^(alpha / 2)
         apply_to_weights(graph, log_r)                           # b_k <- r_k b_k, W_k <- r_k W_k,
         if last:                                                 # undone in the layer above
             break                                                # until convergence
-        last = alpha == 1 and spread(C.by_layer()) < SETTLED
+        last = options.alpha == 1 and lrn_change(graph, log_scales) < SETTLED
     assert before is not None
     return before
 
 
+def lrn_change(graph: ScaleGraph, log_scales: np.ndarray) -> float:
+    """Return the largest log scale that the input of an LRN layer gets."""
+    return max(abs(value(graph.blobs[layer.bottoms[0]][0][1], log_scales))
+               for layer in graph.working.layers if layer.type == "LRN")
+
+
+def last_batches(count: int) -> List[int]:
+    """Return the batches, of `count`, that the last step is measured on.
+
+    No filters are made from these as long as there are others: filters respond more to the images
+    that they come from, and rates on other images would differ.
+    """
+    return list(range(max(count - LAST_BATCHES, count // 2), count))
+
+
 def solve_from_scratch(working: WorkingNet, rates: ChangeRates,
-                       kept: Dict[str, float]) -> Tuple[ScaleGraph, np.ndarray]:
+                       outputs: Dict[str, float]) -> Tuple[ScaleGraph, np.ndarray]:
     """Return the scales that a net without a function to keep may have, and those to give it.
 
     LRN layers stay as they are: they have a degree that depends on the scale of their input, and is
-    found in turns with it.  Outputs go to the standard deviations `kept`; of several, all but the
-    last, the main one, are free.
+    found in turns with it.  The net's outputs get the standard deviations `outputs`; of several,
+    all but the last, the main one, are free.
     """
     now = output_std(working)
-    logs = {name: float(np.log(kept[name] / now[name])) for name in now
-            if kept[name] > 0 and now[name] > 0}
+    logs = {name: float(np.log(std / now[name])) for name, std in outputs.items()
+            if std > 0 and now[name] > 0}
     lrn = [layer for layer in working.layers if layer.type == "LRN"]
     at = {layer.name: 0.0 for layer in lrn}
-    while True:
+    for _ in range(20):
         degrees = {layer.name: lrn_degree(layer.parameters.lrn_param,
                                           working.blob(layer.bottoms[0]).data, at[layer.name])
                    for layer in lrn}
@@ -78,7 +102,8 @@ def solve_from_scratch(working: WorkingNet, rates: ChangeRates,
         before = at
         at = {layer.name: value(graph.blobs[layer.bottoms[0]][0][1], log_scales) for layer in lrn}
         if all(abs(at[name] - before[name]) < 0.01 for name in at):
-            return graph, log_scales
+            break
+    return graph, log_scales
 
 
 def lrn_degree(parameters: Any, bottom: np.ndarray, log_scale: float) -> float:
@@ -98,9 +123,10 @@ def lrn_degree(parameters: Any, bottom: np.ndarray, log_scale: float) -> float:
     return 1 + float(np.log(after.sum(dtype=np.float64) / total)) / log_s if total > 0 else 1.0
 
 
-def output_std(working: WorkingNet) -> Dict[str, float]:
-    """Return the standard deviation of each output of the batch that the net holds."""
-    return {name: float(working.blob(name).data.std()) for name in working.outputs}
+def output_std(working: WorkingNet, wanted: Optional[float] = None) -> Dict[str, float]:
+    """Return the standard deviation of each output of what the net holds, or the one `wanted`."""
+    return {name: float(working.blob(name).data.std()) if wanted is None else wanted
+            for name in working.outputs}
 
 
 # ---------------------------------------------------------------------------------------------

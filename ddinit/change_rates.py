@@ -99,20 +99,20 @@ def independent_column_rates(bottom: np.ndarray, top_diff: np.ndarray,
 # ---------------------------------------------------------------------------------------------
 
 def measure(working: WorkingNet, batches: Any, numbers: Sequence[int], rng: np.random.Generator,
-            by_output: bool = False, literal: bool = False,
+            by_output: bool = False, literal: bool = False, images: Optional[int] = None,
             statistics: Optional[Dict[str, Statistics]] = None) -> ChangeRates:
     """Return the change rates of a net over some batches (equations 1 and 2).
 
     C_kij^2 = E[(d l / d W_k(i, j))^2] with the loss l = eta z_N, eta drawn anew for each image.
-    With `by_output`, each output has passes of its own and the rates tell them apart.  What layers
-    put out is added to `statistics`.
+    With `by_output`, each output has passes of its own and the rates tell them apart.  Only the
+    first `images` of the batches are seen, if given.  What layers put out is added to `statistics`.
     """
     owners = working.owners()
     groups = [[name] for name in working.outputs] if by_output else [working.outputs]
     totals = [np.zeros((len(groups),) + _gradient(working, layer).shape[::2]) for layer in owners]
-    images = 0
-    for size in parts(working, batches, numbers):
-        images += size
+    seen = 0
+    for size in parts(working, batches, numbers, images):
+        seen += size
         forward(working, statistics)
         for position, names in enumerate(groups):
             put_losses(working, names, rng)
@@ -120,40 +120,37 @@ def measure(working: WorkingNet, batches: Any, numbers: Sequence[int], rng: np.r
             for total, layer in zip(totals, owners):
                 total[position] += squares_by_input(_gradient(working, layer))
     views = [affine_view(layer, layer.weights, working.in_channels(layer)) for layer in owners]
-    return ChangeRates([layer.name for layer in owners], [total / images for total in totals],
+    return ChangeRates([layer.name for layer in owners], [total / seen for total in totals],
                        [squares_by_input(view) for view in views],
                        [view.shape[1] * view.shape[3] for view in views], literal)
 
 
-def parts(working: WorkingNet, batches: Any, numbers: Sequence[int]) -> Iterator[int]:
+def parts(working: WorkingNet, batches: Any, numbers: Sequence[int],
+          images: Optional[int]) -> Iterator[int]:
     """Put what one backward pass shall see into the net's inputs, and yield how many images.
 
-    That is a batch, or one image where outputs are few.
+    That is a batch, or one image where outputs are few; the net is resized for less than a batch,
+    and is left so.
     """
     outputs = outputs_per_image(working)
-    if outputs >= FEW_OUTPUTS or not working.separable:
-        for number in numbers:
-            batches.load(number, working.net)
-            yield len(working.blob(working.inputs[0].blob).data)
-        return
-    blobs = [working.blob(blob) for blob, _ in working.inputs]
-    shapes = [tuple(blob.shape) for blob in blobs]
-    left = -(-NUMBERS // outputs)
-    try:
-        for number in numbers:
-            _reshape(working, shapes)
-            batches.load(number, working.net)
-            rows = [np.array(blob.data[:left]) for blob in blobs]
-            _reshape(working, [(1, *shape[1:]) for shape in shapes])
-            for image in zip(*rows):
-                for blob, row in zip(blobs, image):
-                    blob.data[...] = row
-                yield 1
-            left -= len(rows[0])
-            if left <= 0:
-                break
-    finally:
-        _reshape(working, shapes)
+    few = outputs < FEW_OUTPUTS
+    left = min(images or 10 ** 9, -(-NUMBERS // outputs) if few else 10 ** 9)
+    for number in numbers:
+        working.load(batches, number)
+        size = len(working.blob(working.inputs[0].blob).data)
+        if not working.separable or (left >= size and not few):
+            yield size
+        else:
+            held = [np.array(working.blob(blob).data[:left]) for blob, _ in working.inputs]
+            size = 1 if few else left
+            working.resize(size)
+            for start in range(0, len(held[0]), size):
+                for (blob, _), rows in zip(working.inputs, held):
+                    working.blob(blob).data[...] = rows[start:start + size]
+                yield size
+            left -= len(held[0])
+        if left <= 0:
+            return
 
 
 def outputs_per_image(working: WorkingNet) -> int:
@@ -190,12 +187,6 @@ def put_losses(working: WorkingNet, names: Sequence[str], rng: np.random.Generat
             diff[...] = rng.choice(np.array([-1, 1], np.float32), diff.shape)
         else:
             diff[...] = rng.standard_normal(diff.shape, dtype=np.float32)
-
-
-def _reshape(working: WorkingNet, shapes: Sequence[Sequence[int]]) -> None:
-    for (blob, _), shape in zip(working.inputs, shapes):
-        working.blob(blob).reshape(*shape)
-    working.net.reshape()
 
 
 def squares_by_input(view: np.ndarray) -> np.ndarray:

@@ -105,6 +105,18 @@ class WorkingNet:
     def blob(self, name: str) -> Any:
         return self.net.blobs[name]
 
+    def load(self, batches: Any, number: int) -> None:
+        """Put a batch into the net's inputs."""
+        self.resize(self.inputs[0].shape[0])
+        batches.load(number, self.net)
+
+    def resize(self, images: int) -> None:
+        """Make the net take so many images at a time; its layers must be `separable` for that."""
+        if len(self.blob(self.inputs[0].blob).data) != images:
+            for blob, shape in self.inputs:
+                self.blob(blob).reshape(images, *shape[1:])
+            self.net.reshape()
+
     def forward(self) -> None:
         """Run the whole net on what its inputs hold."""
         self.net._forward(0, len(self.layers) - 1)

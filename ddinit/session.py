@@ -8,6 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 import numpy as np
 
 from ddinit import between
+from ddinit.between import Options
 from ddinit.change_rates import FEW_OUTPUTS, ChangeRates, measure, outputs_per_image, spread
 from ddinit.images import (
     HeldBatches,
@@ -199,13 +200,6 @@ class Calibration(NamedTuple):
     difference: Optional[float] = None
 
 
-class Options(NamedTuple):
-    """How Algorithm 2 runs: damping alpha, steps at most, equation 2 to the letter or not."""
-    alpha: float = 1.0
-    iterations: int = 10
-    literal: bool = False
-
-
 def calibrate_session(session: Session, rng: np.random.Generator, keep_function: bool,
                       options: Options) -> Calibration:
     """Make all layers train at one rate; `keep_function` of a net with loaded weights, exactly.
@@ -219,15 +213,15 @@ def calibrate_session(session: Session, rng: np.random.Generator, keep_function:
         graph = ScaleGraph(session.working)
         solution = between.solve(graph, before, [one.layer.name for one in graph.affine])
         return rescale_exactly(session, graph, solution, before, rng, options)
-    before = between.equalize(session.working, session.batches, rng, *options)
+    before = between.equalize(session.working, session.batches, session.count, rng, options)
     statistics: Dict[str, Statistics] = {}
     after = session.judge(rng, options.literal, statistics)
     done = Calibration(before, after, statistics)
     if spread(after.by_layer()) > APART and options.alpha == 1:
-        graph, _ = between.solve_from_scratch(session.working, after,
-                                              between.output_std(session.working))
         rates = measure(session.working, session.batches, session.rate_batches(), rng,
                         len(session.working.outputs) > 1, options.literal)
+        graph, _ = between.solve_from_scratch(session.working, rates,
+                                              between.output_std(session.working))
         solution = between.solve(graph, rates, [one.layer.name for one in graph.affine])
         if solution.auxiliary:
             done = rescale_exactly(session, graph, solution, before, rng, options)
@@ -244,7 +238,7 @@ def rescale_exactly(session: Session, graph: ScaleGraph, solution: between.Solut
     in a net of the changed definition where it has to change.  The session goes on with that.
     """
     working = session.working
-    session.batches.load(session.check, working.net)
+    working.load(session.batches, session.check)
     working.forward()
     expected = {name: np.array(working.blob(name).data) for name in working.outputs}
     solution = solution._replace(log_scales=options.alpha * solution.log_scales)
@@ -253,7 +247,7 @@ def rescale_exactly(session: Session, graph: ScaleGraph, solution: between.Solut
     if changes:
         session.working = session.build(definition)
         copy_weights(working.net, session.working.net)
-    session.batches.load(session.check, session.working.net)
+    session.working.load(session.batches, session.check)
     session.working.forward()
     difference = worst_difference(
         expected, {name: session.working.blob(name).data for name in expected})

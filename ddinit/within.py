@@ -5,6 +5,7 @@ from typing import Any, Callable, List, NamedTuple, Set, Tuple
 import numpy as np
 
 from ddinit import weights
+from ddinit.between import last_batches
 from ddinit.net import (
     AFFINE,
     Layer,
@@ -132,7 +133,7 @@ def set_parameters(stop: Stop, working: WorkingNet, count: int, plan: Plan,
         return "ones"
     shape = geometry(layer)
     if plan.kind in weights.SCHEMES and shape is not None and len(shape.kernel) == 2:
-        weights.set_filters(stop, working, shape, plan.kind, count, rng)
+        weights.set_filters(stop, working, shape, plan.kind, last_batches(count)[0] or 1, rng)
         return plan.kind
     weights.gaussian(layer.weights, rng, 1.0 if plan.within else UNSCALED_STD)
     if plan.kind in weights.SCHEMES and layer.type != "InnerProduct":
