@@ -156,7 +156,7 @@ def parts(working: WorkingNet, batches: Any, numbers: Sequence[int],
 def outputs_per_image(working: WorkingNet) -> int:
     """Return how many numbers the net puts out for an image."""
     images = len(working.blob(working.inputs[0].blob).data)
-    return sum(working.blob(name).data.size for name in working.outputs) // images
+    return max(1, sum(working.blob(name).data.size for name in working.outputs) // images)
 
 
 def forward(working: WorkingNet, statistics: Optional[Dict[str, Statistics]] = None) -> None:
