@@ -140,6 +140,7 @@ def parts(working: WorkingNet, batches: Any, numbers: Sequence[int],
         size = len(working.blob(working.inputs[0].blob).data)
         if not working.separable or (left >= size and not few):
             yield size
+            left -= 0 if few else size
         else:
             held = [np.array(working.blob(blob).data[:left]) for blob, _ in working.inputs]
             size = 1 if few else left
