@@ -12,7 +12,7 @@ import scipy.linalg
 import scipy.ndimage
 import scipy.optimize
 
-from ddinit.change_rates import ChangeRates, measure
+from ddinit.change_rates import FEW_OUTPUTS, ChangeRates, measure, outputs_per_image
 from ddinit.net import WorkingNet, address, affine_view
 from ddinit.scales import Form, ScaleGraph, plus
 
@@ -53,6 +53,9 @@ def equalize(working: WorkingNet, batches: Any, count: int, rng: np.random.Gener
         numbers = last_batches(count) if last else [0] if few else [iteration % count]
         C = measure(working, batches, numbers, rng, len(working.outputs) > 1, options.literal, few)
         before = before or C                                     # C_k = E_j[C_k,j]
+        if outputs_per_image(working) < FEW_OUTPUTS:  # one image is left: its outputs have no std
+            working.load(batches, numbers[0])
+            working.forward()
         if outputs is None or not few:  # other images have outputs of another scale
             outputs = output_std(working, options.output_std)
         graph, log_scales = solve_from_scratch(working, C, outputs)
