@@ -1,4 +1,6 @@
 """Scales that make change rates equal: by hand on chains, on graphs, and written into nets."""
+import re
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -14,7 +16,7 @@ from toy_nets import (
 )
 
 from ddinit import between
-from ddinit.between import Solution, apply_to_weights, solve, value
+from ddinit.between import Options, Solution, apply_to_weights, solve, value
 from ddinit.change_rates import measure, spread
 from ddinit.prototxt import upgrade
 from ddinit.rewrite import rewritten, worst_difference
@@ -22,9 +24,6 @@ from ddinit.scales import ScaleGraph
 
 SIZE = 8
 IMAGES = 6
-OUTPUTS_OF_OTHER_IMAGES = pytest.mark.xfail(strict=True, reason="BUG: equalize compares the "
-                                            "outputs' std of different batches, or of one image "
-                                            "beside rows that an older net has left")
 DATA = image_input(1, 3, SIZE, SIZE)
 CONV = "convolution_param { num_output: %d kernel_size: 3 pad: 1 }"
 
@@ -49,6 +48,12 @@ def pictures(count=1, seed=5):
     return held_batches(*contrast * rng.standard_normal((count, IMAGES, 3, SIZE, SIZE)))
 
 
+def alike(count, seed=5):
+    """Batches of random images of one contrast."""
+    return held_batches(*np.random.default_rng(seed).standard_normal(
+        (count, IMAGES, 3, SIZE, SIZE)))
+
+
 def uneven(text, factors=None):
     """A working net with weights times powers of 3 (or `factors`), run on random images."""
     working = working_net(DATA + text, IMAGES)
@@ -60,13 +65,18 @@ def uneven(text, factors=None):
 
 
 def run(working, seed=5):
-    pictures(1, seed).load(0, working.net)
+    working.load(pictures(1, seed), 0)
     working.forward()
 
 
 def measured(working, seed=6, **options):
     """Rates with the same losses each time: what a rescaling foretells is then exact."""
     return measure(working, pictures(), [0], np.random.default_rng(seed), **options)
+
+
+def equalize(working, batches, seed=6, **options):
+    return between.equalize(working, batches, batches.count, np.random.default_rng(seed),
+                            Options(**options))
 
 
 def rates_of(working, seed=6):
@@ -131,7 +141,7 @@ def test_ten_steps_of_a_quarter_are_the_papers_and_leave_what_they_must():
     working, plain = uneven(CHAIN), uneven(CHAIN)
     before = held(working)
     first = spread_of(working)
-    between.equalize(working, pictures(), np.random.default_rng(6), alpha=0.25, iterations=10)
+    equalize(working, pictures(), alpha=0.25, iterations=10)
     rng = np.random.default_rng(6)
     for _ in range(10):
         rates = measure(plain, pictures(), [0], rng).by_layer()
@@ -145,12 +155,12 @@ def test_ten_steps_of_a_quarter_are_the_papers_and_leave_what_they_must():
 
 
 @pytest.mark.parametrize("outputs", [3, 60])
-@pytest.mark.parametrize("alpha", [1.0, pytest.param(0.25, marks=OUTPUTS_OF_OTHER_IMAGES)])
+@pytest.mark.parametrize("alpha", [1.0, 0.25])
 def test_a_chain_from_scratch_keeps_its_outputs_whatever_batches_the_steps_see(alpha, outputs):
     """Batches differ in what the net makes of them; this must not change the net."""
     working = uneven(CHAIN.replace("num_output: 3", "num_output: %d" % outputs))
     before = held(working)
-    between.equalize(working, pictures(5), np.random.default_rng(6), alpha=alpha)
+    equalize(working, pictures(5), alpha=alpha)
     run(working)
     assert worst_difference(before, held(working)) < 1e-3
 
@@ -387,19 +397,21 @@ NORMALIZED = (conv("a", "data") + in_place("ra", "ReLU", "a")
               + conv("c", "nb") + fully("end", "c", 60))
 
 
-def test_steps_settle_a_net_with_response_normalization():
-    working = uneven(NORMALIZED)
-    assert spread_of(working) > 3
-    between.equalize(working, pictures(), np.random.default_rng(6))
-    run(working)
-    judged = measure(working, pictures(), [0] * 10, np.random.default_rng(7))
-    assert spread(judged.by_layer()) < 1.25
+def test_steps_settle_a_net_with_response_normalization(monkeypatch):
+    monkeypatch.setattr(between, "LAST_BATCHES", 10)  # so that the losses' noise is small
+    batches = alike(20)
+    for seed in range(3):
+        working = uneven(NORMALIZED)
+        assert spread_of(working) > 3
+        equalize(working, batches, seed)
+        judged = measure(working, batches, list(range(20)) * 2, np.random.default_rng(7))
+        assert spread(judged.by_layer()) < 1.4
 
 
 def test_rates_before_the_steps_are_given_back():
     working = uneven(NORMALIZED)
-    before = measured(working).by_layer()
-    returned = between.equalize(working, pictures(), np.random.default_rng(6))
+    before = measured(working, images=between.SETTLING_IMAGES).by_layer()
+    returned = equalize(working, pictures())
     assert returned.by_layer() == before
 
 
@@ -425,21 +437,29 @@ def test_the_degree_of_response_normalization_is_caffes(region, local_size, k, l
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("outputs", [pytest.param(2, marks=OUTPUTS_OF_OTHER_IMAGES), 60])
+@pytest.mark.parametrize("outputs", [2, 60])
 def test_an_output_keeps_its_std_where_response_normalization_bends_it(outputs):
-    """Steps see batch after batch, whose outputs differ by themselves."""
     working = uneven(NORMALIZED.replace("num_output: 60", "num_output: %d" % outputs))
-    batches = pictures(5)
+    batches = alike(5)
     before = all_outputs(working, batches).std()
-    between.equalize(working, batches, np.random.default_rng(6))
+    equalize(working, batches)
     assert all_outputs(working, batches).std() == pytest.approx(before, rel=0.05)
+
+
+@pytest.mark.parametrize("text", [CHAIN, NORMALIZED], ids=["chain", "LRN"])
+@pytest.mark.parametrize("outputs", [1, 3, 60])
+def test_outputs_get_the_std_that_is_asked_for(text, outputs):
+    text = re.sub(r"(name: '(four|end)'.*num_output: )\d+", r"\g<1>%d" % outputs, text)
+    working, batches = uneven(text), alike(5)
+    equalize(working, batches, output_std=2.0)
+    assert all_outputs(working, batches).std() == pytest.approx(2, rel=0.3)
 
 
 def all_outputs(working, batches):
     """What the last output is for all batches."""
     found = []
     for number in range(batches.count):
-        batches.load(number, working.net)
+        working.load(batches, number)
         working.forward()
         found.append(np.array(working.blob(working.outputs[-1]).data))
     return np.concatenate(found)
@@ -448,7 +468,7 @@ def all_outputs(working, batches):
 def test_outputs_of_a_net_from_scratch_move_where_they_pull_apart():
     working = uneven(TWO_ON_ONE)
     before, rates = held(working), measured(working)
-    between.equalize(working, pictures(), np.random.default_rng(6))
+    equalize(working, pictures())
     run(working)
     after = held(working)
     main, other = working.outputs[-1], working.outputs[0]

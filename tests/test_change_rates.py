@@ -15,7 +15,14 @@ from toy_nets import (
 )
 
 from ddinit import change_rates
-from ddinit.change_rates import ChangeRates, independent_column_rates, measure, parts, spread
+from ddinit.change_rates import (
+    ChangeRates,
+    independent_column_rates,
+    measure,
+    outputs_per_image,
+    parts,
+    spread,
+)
 from ddinit.net import affine_view
 from ddinit.prototxt import output_blobs
 from ddinit.walk import Statistics
@@ -116,15 +123,11 @@ def pictures(count=IMAGES, seed=4):
     return np.random.default_rng(seed).standard_normal((count, 3, SIZE, SIZE)).astype(np.float32)
 
 
-def numbers_of(working):
-    """How many numbers all outputs of a net hold."""
-    return sum(working.blob(name).data.size for name in working.outputs)
-
-
 def exact(working, images, **options):
     """Rates over some images with the expectation over eta taken exactly."""
-    few = numbers_of(working) // IMAGES < change_rates.FEW_OUTPUTS and working.separable
-    losses = Frame(numbers_of(working) // (IMAGES if few else 1))
+    outputs = outputs_per_image(working)
+    few = outputs < change_rates.FEW_OUTPUTS and working.separable
+    losses = Frame(outputs if few else outputs * IMAGES)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(change_rates, "NUMBERS", 10 ** 6)
         return measure(working, held_batches(images), [0] * losses.passes, losses, **options)
@@ -317,7 +320,7 @@ def test_statistics_of_layers_are_gathered_on_the_way():
         for name, found in statistics.items():
             expected = Statistics()
             for number in (0, 1):
-                batches.load(number, working.net)
+                working.load(batches, number)
                 for one in working.layers:
                     working.net._forward(one.position, one.position)
                     if one.name == name:
@@ -337,10 +340,10 @@ def net_with(outputs, further=""):
                                "num_output: %d }" % outputs) + further, IMAGES)
 
 
-def seen_images(working, batches, numbers):
+def seen_images(working, batches, numbers, images=None):
     """The sizes of all passes, and the images that they see."""
     sizes, found = [], []
-    for size in parts(working, batches, numbers):
+    for size in parts(working, batches, numbers, images):
         sizes.append(size)
         assert working.blob("k").data.shape[0] == size
         found.append(np.array(working.blob("data").data))
@@ -355,8 +358,6 @@ def test_few_outputs_are_measured_image_by_image_as_far_as_500_numbers_need(outp
     assert sizes == [1] * most
     expected = np.concatenate([pictures(seed=seed) for seed in range(120)])[:most]
     np.testing.assert_array_equal(found, expected)
-    assert working.blob("data").data.shape == (IMAGES, 3, SIZE, SIZE)
-    assert working.blob("top").data.shape == (IMAGES, outputs)
 
 
 def test_few_images_are_all_there_are():
@@ -384,13 +385,26 @@ def test_images_that_meet_are_measured_in_batches_however_few_outputs_there_are(
     assert all(np.isfinite(rate) and rate > 0 for rate in rates.by_layer().values())
 
 
-def test_a_net_has_its_batch_size_again_after_an_error():
+@pytest.mark.parametrize("outputs", [2, 60])
+@pytest.mark.parametrize("images, expected", [(2, 2), (IMAGES, IMAGES), (8, 8), (100, 15)])
+def test_no_more_than_the_first_images_are_seen_if_so_many_are_asked_for(outputs, images,
+                                                                        expected):
+    batches = held_batches(*[pictures(seed=seed) for seed in range(3)])
+    sizes, found = seen_images(net_with(outputs), batches, [2, 0, 1], images)
+    whole = np.concatenate([pictures(seed=seed) for seed in (2, 0, 1)])
+    assert sum(sizes) == expected
+    np.testing.assert_array_equal(found, whole[:expected])
+
+
+def test_a_net_takes_whole_batches_again_whatever_it_was_left_with():
     working = net_with(2)
     with pytest.raises(KeyError):
-        for _ in parts(working, held_batches(pictures()), [0]):
+        for _ in parts(working, held_batches(pictures()), [0], None):
             raise KeyError
+    working.load(held_batches(pictures()), 0)
+    working.forward()
     assert working.blob("top").data.shape == (IMAGES, 2)
-    assert working.blob("k").data.shape[0] == IMAGES
+    np.testing.assert_array_equal(working.blob("data").data, pictures())
 
 
 # ---------------------------------------------------------------------------------------------
