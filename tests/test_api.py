@@ -215,10 +215,10 @@ def test_a_training_net_is_fed_by_its_own_data_layer(prototxt, tmp_path, images,
     check_normal(outputs_of(deploy, pixels(images)))
     assert magic_init.calibrate(net, path, batches=6) is None
     deploy = deployed(net, tmp_path)
-    assert spread_on(TOY, str(tmp_path / "trained.caffemodel"), pixels(images)) < 1.2
+    assert spread_on(TOY, str(tmp_path / "trained.caffemodel"), pixels(images)) < 1.4
     rates = magic_init.change_rates(net, path, batches=6)
     assert list(rates) == AFFINE
-    assert max(rates.values()) < 1.5 * min(rates.values())
+    assert max(rates.values()) < 1.8 * min(rates.values())
     net.forward()  # and it trains on
     net.backward()
     assert np.isfinite(net.blobs["loss"].data).all()
@@ -324,6 +324,14 @@ def test_a_net_from_scratch_with_lrn_keeps_its_definition(prototxt, tmp_path, im
     assert magic_init.calibrate(net, path, images) is None
     net.save(str(tmp_path / "out.caffemodel"))
     assert spread_on(LRN, str(tmp_path / "out.caffemodel"), pixels(images)) < 1.5
+
+
+def test_outputs_from_scratch_get_the_std_that_is_asked_for(prototxt, images):
+    path = prototxt(LRN)
+    net = net_of(path)
+    magic_init.initialize(net, path, images)
+    magic_init.calibrate(net, path, images, output_std=3)
+    assert outputs_of(net, pixels(images))["fc"].std() == pytest.approx(3, rel=0.2)
 
 
 def loaded(path, tmp_path, phase="TEST"):

@@ -141,8 +141,9 @@ def test_calibrated_layers_train_at_one_rate_on_other_images(start, tmp_path, im
     other = pixels(write_images(str(tmp_path / "other"), 32, seed=9))
     before, after = start(*options), start("-cs", *options, name="calibrated")
     assert not os.path.exists(str(tmp_path / "calibrated.prototxt"))
-    assert spread_on(TOY, after.output, pixels(images)) < 1.15
-    assert spread_on(TOY, after.output, other) < 1.25  # from 24 images
+    # rates of 5 outputs, from 24 images in all and 16 of them for the last step
+    assert spread_on(TOY, after.output, pixels(images)) < 1.3
+    assert spread_on(TOY, after.output, other) < 1.35
     assert spread_on(TOY, before.output, other) > 5
     # what the command itself measures has 24 random losses of 5 outputs
     assert after.report["spread_after"] < 1.5
@@ -169,6 +170,14 @@ def test_calibration_keeps_a_chains_outputs_and_reports_what_inner_layers_put_ou
         assert after.layers[name]["mean"] == pytest.approx(two[name].mean(), abs=1e-3)
         assert after.layers[name]["std"] == pytest.approx(two[name].std(), rel=1e-3)
     assert np.abs(two["conv1"].std() - 1) > 0.05
+
+
+@pytest.mark.parametrize("std", ["0.5", "3"])
+def test_outputs_get_the_std_that_is_asked_for(start, tmp_path, images, std):
+    found = start("-cs", "--output-std", std)
+    outputs = plain_outputs(str(tmp_path / "net.prototxt"), found.output, pixels(images))
+    assert outputs["fc4"].std() == pytest.approx(float(std), rel=0.2)
+    assert spread_on(TOY, found.output, pixels(images)) < 1.3
 
 
 def test_the_papers_schedule_leaves_what_ten_steps_of_a_quarter_leave(start, images):
@@ -371,7 +380,7 @@ def test_the_program_itself_initialises_caffenet_tiny_from_photographs(tmp_path)
     assert len(found.stdout.splitlines()) == 10
     with open(str(tmp_path / "tiny.json")) as file:
         report = json.load(file)
-    assert report["spread_after"] < 1.15 < report["spread_before"]
+    assert report["spread_after"] < 1.25 < report["spread_before"]
     assert sorted(os.listdir(str(tmp_path))) == ["photographs", "tiny.caffemodel", "tiny.json"]
     images = np.array([
         cv2.resize(cv2.imread(str(path)), (99, 99)).astype(np.float64).transpose(2, 0, 1)
