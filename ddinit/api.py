@@ -90,11 +90,15 @@ def calibrate(net: Any, prototxt: str, images: Optional[Images] = None, batches:
 
     Raises ValueError where the function cannot be kept; the net is as it was then.
     """
+    if not 0 < alpha <= 1 or iterations < 1 or not (output_std is None or 0 < output_std < np.inf):
+        raise ValueError("alpha is above 0 to 1, iterations at least 1, output_std above 0: not "
+                         "%r, %r, %r" % (alpha, iterations, output_std))
     session, rng = _opened(net, prototxt, images, batches, seed, Feed(mean, scale))
     if keep_function is None:
         fresh: Set[str] = getattr(net, FRESH, set())
         keep_function = not fresh.issuperset(layer.name for layer in session.working.affine)
-    done = calibrate_session(session, rng, keep_function, Options(alpha, iterations, literal, output_std))
+    done = calibrate_session(session, rng, keep_function,
+                             Options(alpha, iterations, literal, output_std))
     if done.difference is not None and not done.difference <= TOLERANCE:
         raise ValueError("the rescaled net's outputs differ by %.2g of their standard deviation "
                          "(more than %g): the net stays as it was" % (done.difference, TOLERANCE))
