@@ -518,6 +518,15 @@ def test_definitions_and_numbers_that_cannot_be_used_are_told(prototxt, tmp_path
     assert "batches is 0" in refusal(function, net, path, images, batches=0)
 
 
+@pytest.mark.parametrize("options", [
+    {"alpha": 0}, {"alpha": 1.5}, {"alpha": float("nan")}, {"iterations": 0}, {"output_std": 0},
+    {"output_std": -1}, {"output_std": float("inf")}], ids=str)
+def test_steps_that_cannot_be_taken_are_told(prototxt, images, options):
+    path = prototxt(TOY)
+    message = refusal(magic_init.calibrate, net_of(path), path, images, **options)
+    assert repr(list(options.values())[0]) in message
+
+
 def test_unknown_kinds_and_layers_are_told(prototxt, images):
     path = prototxt(TOY)
     net = net_of(path)
