@@ -92,8 +92,8 @@ def own_data_layer(kind: str, folder: str, images: str) -> str:
     write_hdf5(os.path.join(folder, "images.h5"), pixels(images).astype(np.float32))
     with open(listing, "w") as file:
         file.write(os.path.join(folder, "images.h5") + "\n")
-    return layer("data", "HDF5Data", "", "data label", "hdf5_data_param { source: '%s' batch_size: 4 }"
-                 % listing)
+    return layer("data", "HDF5Data", "", "data label",
+                 "hdf5_data_param { source: '%s' batch_size: 4 }" % listing)
 
 
 def run(capsys: Any, folder: Any, definition: str, *options: str, name: str = "out",
