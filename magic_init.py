@@ -50,6 +50,7 @@ log = logging.getLogger("magic_init")
 BATCH_SIZE = 16
 
 
+@np.errstate(invalid="ignore", over="ignore")  # what is not finite is told with its layer
 def work(arguments: argparse.Namespace, output: Optional[str]) -> Result:
     """Initialize, rescale or measure as the command line asks and save the weights in `output`.
 

@@ -269,6 +269,7 @@ def test_a_definition_that_was_written_for_other_weights_is_refused(capsys, tmp_
     assert "old.prototxt was written for other weights than" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # a user would see it as further lines
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("options", [(), ("-cs",)], ids=["", "calibrated"])
 def test_weights_that_are_not_finite_are_told_with_their_layer(refused, caffemodel, tmp_path, value,
