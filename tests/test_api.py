@@ -24,7 +24,8 @@ from initialised import (
 from toy_nets import image_input, layer
 
 import magic_init
-from ddinit import api, session
+from ddinit import api, between, session, weights
+from ddinit.change_rates import measure
 from ddinit.prototxt import import_caffe
 from ddinit.weights import KINDS
 
@@ -285,8 +286,8 @@ def test_without_within_weights_stay_as_they_are_drawn(prototxt, images):
     path = prototxt(TOY)
     net = net_of(path)
     magic_init.initialize(net, path, images, within=False, beta=0.25)
-    for weights, bias in numbers(net).values():
-        assert weights.std() == pytest.approx(0.01, rel=0.3)
+    for filters, bias in numbers(net).values():
+        assert filters.std() == pytest.approx(0.01, rel=0.3)
         assert (bias == 0.25).all()
 
 
@@ -309,9 +310,9 @@ def test_a_chain_from_scratch_keeps_definition_and_outputs(prototxt, tmp_path, i
     net = net_of(path)
     magic_init.initialize(net, path, images, kind="kmeans")
     before = outputs_of(net, pixels(images))["fc4"]
-    weights = numbers(net)
+    initialized = numbers(net)
     assert magic_init.calibrate(net, path, images) is None
-    assert not same(weights, numbers(net))
+    assert not same(initialized, numbers(net))
     np.testing.assert_allclose(outputs_of(net, pixels(images))["fc4"], before, atol=1e-3)
     net.save(str(tmp_path / "out.caffemodel"))
     assert spread_on(TOY, str(tmp_path / "out.caffemodel"), pixels(images)) < 1.2
@@ -365,9 +366,9 @@ def test_a_loaded_chain_keeps_its_function_and_its_definition(prototxt, tmp_path
         "inner_product_param {", "inner_product_param { " + FILLER))
     net = loaded(path, tmp_path)
     before = outputs_of(net, pixels(images))["fc4"]
-    weights = numbers(net)
+    initialized = numbers(net)
     assert magic_init.calibrate(net, path, images) is None
-    assert not same(weights, numbers(net))
+    assert not same(initialized, numbers(net))
     np.testing.assert_allclose(outputs_of(net, pixels(images))["fc4"], before,
                                atol=1e-4 * before.std())
 
@@ -427,6 +428,43 @@ def test_the_papers_schedule_leaves_what_it_must(prototxt, tmp_path, images):
         net.save(str(tmp_path / "out.caffemodel"))
         spreads.append(spread_on(TOY, str(tmp_path / "out.caffemodel"), pixels(images)))
     assert np.log(spreads[1]) == pytest.approx(0.75 ** 4 * np.log(spreads[0]), rel=0.1)
+
+
+@pytest.mark.parametrize("keep_function", [True, False])
+@pytest.mark.parametrize("batches, held_back", [(3, 3), (4, 3)])
+def test_a_batch_judges_that_was_held_back_where_there_are_images_enough(
+        prototxt, tmp_path, images, monkeypatch, keep_function, batches, held_back):
+    seen = []
+    for module in (between, session):
+        monkeypatch.setattr(module, "measure", lambda net, fed, numbers, *rest, **options: (
+            seen.append(list(numbers)), measure(net, fed, numbers, *rest, **options))[1])
+    path = prototxt(LRN)
+    net = loaded(path, tmp_path)
+    net.blobs["data"].reshape(6, 3, 16, 16)  # of 24 images
+    net.reshape()
+    magic_init.calibrate(net, path, images, batches=batches, keep_function=keep_function)
+    assert [held_back] in seen
+    others = {number for numbers in seen if numbers != [held_back] for number in numbers}
+    assert others and others <= set(range(batches))
+    if keep_function or batches == 3:
+        assert held_back not in others
+
+
+@pytest.mark.parametrize("count, expected", [(10, [7, 8, 9]), (5, [2, 3, 4]), (4, [2, 3]),
+                                             (2, [1]), (1, [0])])
+def test_filters_come_from_other_batches_than_the_last_step(prototxt, images, monkeypatch, count,
+                                                           expected):
+    assert between.last_batches(count) == expected
+    used = []
+    set_filters = weights.set_filters
+    monkeypatch.setattr(weights, "set_filters", lambda *arguments: (
+        used.append(arguments[4]), set_filters(*arguments)))
+    path = prototxt(TOY)
+    net = net_of(path)
+    net.blobs["data"].reshape(2, 3, 16, 16)
+    net.reshape()
+    magic_init.initialize(net, path, images, kind="kmeans", batches=count)
+    assert used == [max(1, expected[0])] * 2
 
 
 # ---------------------------------------------------------------------------------------------
