@@ -120,8 +120,9 @@ def lrn_degree(parameters: Any, bottom: np.ndarray, log_scale: float) -> float:
     window = [1, size] + [1] * (bottom.ndim - 2) if across else [1, 1, size, size]
     m = parameters.alpha * scipy.ndimage.uniform_filter(np.square(bottom), window, mode="constant")
     log_s = log_scale if abs(log_scale) > 0.1 else 0.1
-    before = np.abs(bottom) * (parameters.k + m) ** -parameters.beta
-    after = np.abs(bottom) * (parameters.k + np.exp(2 * log_s) * m) ** -parameters.beta
+    k = parameters.k if across else 1.0  # as Caffe has it
+    before = np.abs(bottom) * (k + m) ** -parameters.beta
+    after = np.abs(bottom) * (k + np.exp(2 * log_s) * m) ** -parameters.beta
     total = before.sum(dtype=np.float64)
     return 1 + float(np.log(after.sum(dtype=np.float64) / total)) / log_s if total > 0 else 1.0
 
