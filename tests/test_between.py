@@ -416,7 +416,8 @@ def test_rates_before_the_steps_are_given_back():
 
 
 @pytest.mark.parametrize("region, local_size, k", [
-    ("ACROSS_CHANNELS", 3, 1), ("ACROSS_CHANNELS", 5, 2), ("WITHIN_CHANNEL", 3, 1)])
+    ("ACROSS_CHANNELS", 3, 1), ("ACROSS_CHANNELS", 5, 2), ("WITHIN_CHANNEL", 3, 1),
+    ("WITHIN_CHANNEL", 3, 4)])  # there Caffe takes 1 for k, whatever the definition says
 @pytest.mark.parametrize("log_scale", [0.1, -0.7, 1.5])
 def test_the_degree_of_response_normalization_is_caffes(region, local_size, k, log_scale):
     text = conv("a", "data", 6) + layer(
