@@ -16,6 +16,8 @@ from ddinit.walk import Statistics
 FEW_OUTPUTS = 50
 # Random numbers that such a measurement draws, as far as there are images.
 NUMBERS = 500
+# So are nets with fewer weights for each number in an image's blobs, for which it costs little.
+LIGHT = 2
 
 
 class ChangeRates:
@@ -133,17 +135,19 @@ def parts(working: WorkingNet, batches: Any, numbers: Sequence[int],
     and is left so.
     """
     outputs = outputs_per_image(working)
-    few = outputs < FEW_OUTPUTS
-    left = min(images or 10 ** 9, -(-NUMBERS // outputs) if few else 10 ** 9)
+    singly = working.separable and (outputs < FEW_OUTPUTS or is_light(working))
+    left = images or 10 ** 9
+    if outputs < FEW_OUTPUTS:
+        left = min(left, -(-NUMBERS // outputs))
     for number in numbers:
         working.load(batches, number)
-        size = len(working.blob(working.inputs[0].blob).data)
-        if not working.separable or (left >= size and not few):
+        size = working.inputs[0].shape[0]
+        if not singly and (left >= size or not working.separable):
             yield size
-            left -= 0 if few else size
+            left -= size
         else:
             held = [np.array(working.blob(blob).data[:left]) for blob, _ in working.inputs]
-            size = 1 if few else left
+            size = 1 if singly else left
             working.resize(size)
             for start in range(0, len(held[0]), size):
                 for (blob, _), rows in zip(working.inputs, held):
@@ -158,6 +162,13 @@ def outputs_per_image(working: WorkingNet) -> int:
     """Return how many numbers the net puts out for an image."""
     images = len(working.blob(working.inputs[0].blob).data)
     return max(1, sum(working.blob(name).data.size for name in working.outputs) // images)
+
+
+def is_light(working: WorkingNet) -> bool:
+    """Return whether a net has few weights beside what it computes for an image."""
+    numbers = sum(blob.data.size for blob in working.net.blobs.values())
+    images = len(working.blob(working.inputs[0].blob).data)
+    return sum(layer.weights.size for layer in working.owners()) < LIGHT * numbers / images
 
 
 def forward(working: WorkingNet, statistics: Optional[Dict[str, Statistics]] = None) -> None:
