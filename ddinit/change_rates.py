@@ -137,7 +137,7 @@ def parts(working: WorkingNet, batches: Any, numbers: Sequence[int],
     outputs = outputs_per_image(working)
     singly = working.separable and (outputs < FEW_OUTPUTS or is_light(working))
     left = images or 10 ** 9
-    if outputs < FEW_OUTPUTS:
+    if singly and outputs < FEW_OUTPUTS:
         left = min(left, -(-NUMBERS // outputs))
     for number in numbers:
         working.load(batches, number)
