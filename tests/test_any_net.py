@@ -261,8 +261,6 @@ def test_from_scratch_rates_held_apart_get_power_layers(capsys, tmp_path, images
     assert spread_on(written, found.output, pixels(images)[:8], draws=60) < 1.5
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: one batch with one loss an image judges, and its "
-                   "noise is taken for rates that the net holds apart")
 def test_no_warning_says_that_rates_are_held_apart_where_they_are_not(capsys, tmp_path, images):
     for seed in "0123":
         found = run(capsys, tmp_path, TWO_OUTPUTS, "-d", images, "-bs", "6", "-nit", "4", "-cs",

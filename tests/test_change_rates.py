@@ -99,7 +99,7 @@ LAYERS = {
 @pytest.fixture(autouse=True)
 def heavy(monkeypatch):
     """Let no net count as one that is measured image by image because it is small."""
-    monkeypatch.setattr(change_rates, "LIGHT", 0, raising=False)
+    monkeypatch.setattr(change_rates, "LIGHT", 0)
 
 
 class Frame:
@@ -371,6 +371,24 @@ def test_few_images_are_all_there_are():
     assert sizes == [1] * IMAGES
 
 
+@pytest.mark.parametrize("outputs, light", [(2, True), (10, True), (800, False)])
+def test_nets_with_few_weights_are_measured_image_by_image_on_all_images(outputs, light,
+                                                                        monkeypatch):
+    """Numbers of an image: 108 of the input, 64 of the convolution, of which it has 108 weights."""
+    monkeypatch.setattr(change_rates, "LIGHT", 2)
+    monkeypatch.setattr(change_rates, "FEW_OUTPUTS", 0)
+    batches = held_batches(*[pictures(seed=seed) for seed in range(3)])
+    working = working_net(DATA + layer("k", "Convolution", "data", "", CONV % "kernel_size: 3")
+                          + layer("pool", "Pooling", "k", "", "pooling_param { kernel_size: 4 }")
+                          + layer("top", "InnerProduct", "pool", "", "inner_product_param { "
+                                  "num_output: %d }" % outputs), IMAGES)
+    assert change_rates.is_light(working) == light
+    sizes, found = seen_images(working, batches, [2, 0, 1])
+    assert sizes == ([1] * 15 if light else [IMAGES] * 3)
+    np.testing.assert_array_equal(found, np.concatenate([pictures(seed=seed)
+                                                         for seed in (2, 0, 1)]))
+
+
 def test_many_outputs_are_measured_in_batches():
     sizes, found = seen_images(net_with(50), held_batches(pictures(), pictures(seed=1)), [1, 0])
     assert sizes == [IMAGES, IMAGES]
@@ -400,6 +418,14 @@ def test_no_more_than_the_first_images_are_seen_if_so_many_are_asked_for(outputs
     whole = np.concatenate([pictures(seed=seed) for seed in (2, 0, 1)])
     assert sum(sizes) == expected
     np.testing.assert_array_equal(found, whole[:expected])
+
+
+def test_all_batches_are_seen_where_images_meet():
+    """The sums over a batch are noisy: few outputs are no reason to take fewer of them."""
+    working = net_with(49, layer("meet", "Reshape", "top", "", "reshape_param { shape { dim: -1 "
+                                 "dim: 1 } }"))
+    sizes, _ = seen_images(working, held_batches(pictures()), range(10))
+    assert sizes == [IMAGES] * 10
 
 
 def test_a_net_takes_whole_batches_again_whatever_it_was_left_with():
