@@ -96,6 +96,12 @@ LAYERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def heavy(monkeypatch):
+    """Let no net count as one that is measured image by image because it is small."""
+    monkeypatch.setattr(change_rates, "LIGHT", 0, raising=False)
+
+
 class Frame:
     """Losses in place of random ones whose mean of eta eta^T is the identity to the last digit.
 
