@@ -1,0 +1,144 @@
+"""What the tests of the command share: images, small nets, what plain Caffe makes of results."""
+import json
+import os
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import cv2
+import numpy as np
+from toy_nets import image_input, layer
+
+import magic_init
+from ddinit.prototxt import caffe_messages, import_caffe
+
+SIDE = 16
+MEAN = (104.0, 117.0, 123.0)
+DATA = image_input(10, 3, SIDE, SIDE)
+CONV = "convolution_param { num_output: %d kernel_size: 3 %s }"
+RELU = layer("relu%d", "ReLU", "conv%d", "conv%d")
+BODY = (layer("conv1", "Convolution", "data", "", CONV % (8, "")) + RELU % (1, 1, 1)
+        + layer("pool1", "Pooling", "conv1", "", "pooling_param { kernel_size: 2 stride: 2 }")
+        + layer("conv2", "Convolution", "pool1", "", CONV % (6, "pad: 1 group: 2"))
+        + RELU % (2, 2, 2)
+        + layer("fc3", "InnerProduct", "conv2", "", "inner_product_param { num_output: 12 }")
+        + layer("relu3", "ReLU", "fc3", "fc3")
+        + layer("drop3", "Dropout", "fc3", "fc3")
+        + layer("fc4", "InnerProduct", "fc3", "", "inner_product_param { num_output: 5 }"))
+TOY = DATA + BODY + layer("prob", "Softmax", "fc4")
+AFFINE = ["conv1", "conv2", "fc3", "fc4"]
+
+
+class Outcome(NamedTuple):
+    """What a run of the command left: exit status, what it printed, its report."""
+    status: int
+    out: str
+    err: str
+    report: Optional[Dict[str, Any]]
+    output: str
+
+    @property
+    def layers(self) -> Dict[str, Dict[str, Any]]:
+        assert self.report is not None
+        return {one["name"]: one for one in self.report["layers"]}
+
+
+def write_images(folder: str, count: int, side: int = 24, seed: int = 0) -> str:
+    """Write PNGs of coloured blobs, as smooth as photographs; return the pattern for them."""
+    os.makedirs(folder, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        noise = rng.standard_normal((side, side, 3)).astype(np.float32)
+        smooth = cv2.GaussianBlur(noise, (0, 0), 1.5) * 250 + 0.2 * 40 * noise
+        image = np.clip(smooth + rng.uniform(60, 190, 3), 0, 255).astype(np.uint8)
+        assert cv2.imwrite(os.path.join(folder, "%03d.png" % number), image)
+    return os.path.join(folder, "*.png")
+
+
+def pixels(pattern: str, height: int = SIDE, width: int = SIDE, mean: Any = MEAN,
+           scale: float = 1.0) -> np.ndarray:
+    """The images of a pattern as a net should get them: float (n, 3, height, width)."""
+    folder = os.path.dirname(pattern)
+    return np.array([scale * (cv2.resize(cv2.imread(os.path.join(folder, name)), (width, height))
+                              .astype(np.float64) - mean).transpose(2, 0, 1)
+                     for name in sorted(os.listdir(folder))])
+
+
+def run(capsys: Any, folder: Any, definition: str, *options: str, name: str = "out",
+        report: bool = True) -> Outcome:
+    """Run the command on a definition (text) with its files in a folder."""
+    prototxt = os.path.join(str(folder), "net.prototxt")
+    with open(prototxt, "w") as file:
+        file.write(definition)
+    return run_file(capsys, folder, prototxt, *options, name=name, report=report)
+
+
+def run_file(capsys: Any, folder: Any, prototxt: str, *options: str, name: str = "out",
+             report: bool = True) -> Outcome:
+    """Run the command on a definition's file."""
+    output = os.path.join(str(folder), name + ".caffemodel")
+    path = os.path.join(str(folder), name + ".json")
+    capsys.readouterr()
+    try:
+        status = magic_init.main([prototxt, output, "--cpu", *options]
+                                 + (["--report", path] if report else []))
+    except SystemExit as end:
+        status = int(str(end.code))
+    captured = capsys.readouterr()
+    found = None
+    if report and status == 0:
+        with open(path) as file:
+            found = json.load(file)
+    return Outcome(status, captured.out, captured.err, found, output)
+
+
+def plain_outputs(prototxt: str, caffemodel: str, images: np.ndarray,
+                  blob: str = "data") -> Dict[str, np.ndarray]:
+    """The first top of every layer, by plain Caffe with the written files."""
+    caffe = import_caffe()
+    net = caffe.Net(prototxt, caffe.TEST, weights=caffemodel)
+    net.blobs[blob].reshape(*images.shape)
+    net.reshape()
+    net.blobs[blob].data[...] = images
+    found = {}
+    for number, name in enumerate(net._layer_names):
+        net._forward(number, number)
+        tops = net._top_ids(number)
+        if len(tops):
+            found[name] = np.array(net.blobs[net._blob_names[tops[0]]].data, np.float64)
+    return found
+
+
+def by_channel(outputs: np.ndarray) -> np.ndarray:
+    return np.moveaxis(outputs, 1, 0).reshape(outputs.shape[1], -1)
+
+
+def stored_weights(caffemodel: str) -> Dict[str, List[np.ndarray]]:
+    """The blobs of every layer in a caffemodel, read by protobuf alone."""
+    net = caffe_messages().NetParameter()
+    with open(caffemodel, "rb") as file:
+        net.ParseFromString(file.read())
+    return {one.name: [np.array(blob.data, np.float32).reshape(tuple(blob.shape.dim))
+                       for blob in one.blobs] for one in net.layer if one.blobs}
+
+
+def remove_layers(caffemodel: str, path: str, *names: str) -> str:
+    """Write a caffemodel without some layers; return its path."""
+    net = caffe_messages().NetParameter()
+    with open(caffemodel, "rb") as file:
+        net.ParseFromString(file.read())
+    kept = [one for one in net.layer if one.name not in names]
+    copies = [type(one).FromString(one.SerializeToString()) for one in kept]
+    net.ClearField("layer")
+    net.layer.extend(copies)
+    with open(path, "wb") as file:
+        file.write(net.SerializeToString())
+    return path
+
+
+def bytes_of(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def here(function: Any, *arguments: Any) -> Any:
+    """In place of processes.in_child, where nothing can abort: it spares the child's start."""
+    return function(*arguments)
