@@ -1,26 +1,43 @@
-"""Files of the user's: replaced whole or not at all, and checked before minutes of work.
-
-    python -c "from ddinit import files; files.check_writable('out.caffemodel')"
-"""
+"""Read text of any encoding, and replace files whole or not at all."""
 import contextlib
 import os
 import secrets
 import tempfile
 from typing import Iterator
 
+BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+def read_text(path: str) -> str:
+    """Return the text of a file in UTF-8 or UTF-16, with or without a byte order mark.
+
+    Bytes that are not UTF-8 (comments in GBK, paths in Latin-1) become surrogates, as in
+    `os.fsdecode`, so that the paths among them still open their files.
+    Raises ValueError naming the file where it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise ValueError("%s: cannot read the file (%s)" % (path, error.strerror)) from error
+    encoding = BYTE_ORDER_MARKS.get(content[:2], "utf-8-sig")
+    if encoding == "utf-16" and len(content) % 2:
+        encoding = "utf-8-sig"
+    return content.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "replace")
+
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """Yield a temporary name beside `path`; rename it to `path` only if the block succeeds.
+    """Yield a temporary name beside `path` and rename it to `path` only if the block succeeds.
 
-    A file that existed stays whole until the new one is, whatever happens in between; a link to a
+    An existing file stays whole until the new one is, whatever happens in between, and a link to a
     file stays a link.  Raises ValueError or OSError naming the path where it cannot be written.
     """
     _check_place(path)
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
     temporary = os.path.join(folder, ".%s.%s.part" % (name[:200], secrets.token_hex(8)))
-    # 0o666 less the umask, which the kernel takes off: as any new file of the user's
+    # The kernel takes the umask off 0o666, as it does for any new file of the user's.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
