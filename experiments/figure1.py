@@ -1,12 +1,12 @@
-"""Figure 1: change rates per layer, and their variation within layers (paper, equations 1 and 2).
+"""Draw figure 1: the change rates of layers and their variation within layers (equations 1, 2).
 
     python experiments/figure1.py models/caffenet/deploy.prototxt Reference=none \\
         'k-means=build/kmeans.caffemodel' --data 'photos/*' --figure build/figure1.png
 
-measures each named initialisation on the same images; a flat curve of rates is better, and so is
-low variation.  Every image has a gradient and a random loss of its own, as equation 2 has it.
-WEIGHTS is a caffemodel, with its changed definition where magic_init.py has written one beside it
-(kmeans.prototxt), or `none` for what NET's fillers draw.
+It measures each named initialization on the same images. A flat curve of rates is better, and so
+is a low variation. Every image has its own gradient and random loss, as in equation 2. WEIGHTS is a
+caffemodel, whose definition is the one beside it (kmeans.prototxt) if there is one, or `none` for
+the fillers of NET.
 """
 import argparse
 import functools
@@ -32,7 +32,7 @@ from ddinit.caffe_net import WorkingNet
 from ddinit.prototxt import read_definition, spare_weight_gradients, working_definition
 from ddinit.scales import ScaleGraph
 from ddinit.trained_weights import load_weights
-from initialise import write_filled
+from training.starts import definition_of, write_filled
 
 log = logging.getLogger("figure1")
 
@@ -121,7 +121,7 @@ def measure(net: str, weights: str, paths: Sequence[str], seed: int,
     caffe_net.use_device(device)
     size, batches = session.batches_of(len(paths), MOST_A_BATCH, len(paths))
     working, image = working_definition(
-        read_definition(_definition(net, weights)), size)
+        read_definition(net if weights == FILLERS else definition_of(net, weights)), size)
     assert image is not None  # because we asked for a batch
     spare_weight_gradients(working, change_rates.per_image)
     measured = WorkingNet(working, image)
@@ -137,15 +137,6 @@ def measure(net: str, weights: str, paths: Sequence[str], seed: int,
     layers = [scaled.layer.name for scaled in graph.owners()]
     return Rates(dict(zip(layers, found.by_layer().tolist())),
                  dict(zip(layers, found.variation().tolist())))
-
-
-def _definition(net: str, weights: str) -> str:
-    """The definition that weights are for."""
-    beside = os.path.splitext(weights)[0] + ".prototxt"
-    if weights == FILLERS or not os.path.exists(beside):
-        return net
-    log.info("%s is measured with its own definition, %s", weights, beside)
-    return beside
 
 
 def _load(measured: WorkingNet, net: str, weights: str, seed: int) -> None:
