@@ -9,7 +9,16 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ddinit.processes import ChildDied, in_child
-from ddinit.prototxt import Input, build_net, import_caffe, output_blobs, separable
+from ddinit.prototxt import (
+    Input,
+    build_net,
+    image_layers,
+    import_caffe,
+    output_blobs,
+    read_definition,
+    separable,
+    working_definition,
+)
 
 # A layer with fewer products an image than this gains nothing from a second thread of BLAS.
 SMALL_LAYER = 30e6
@@ -154,6 +163,17 @@ class WorkingNet:
         if layer.type in ("Embed", "Scale"):
             return 1 if layer.type == "Embed" else int(layer.weights.size)
         return channels(shape)
+
+
+def open_net(path: str, batch_size: int) -> WorkingNet:
+    """Return the net to measure on of the definition at `path`, whose images will be fed.
+
+    Raises ValueError as `image_layers` does.
+    """
+    definition = read_definition(path)
+    layers, image = image_layers(definition, batch_size)
+    assert image is not None  # because batch_size asks for one
+    return WorkingNet(working_definition(layers, [image], definition.name), [image])
 
 
 @contextlib.contextmanager
