@@ -10,6 +10,8 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do \
 
 EXTRAS ?= cpu,dev
 RUN = .venv/bin/python
+# Selective search is in OpenCV's contrib wheel.  Both wheels own the folder cv2, so one has to go.
+CONTRIB = 'opencv-contrib-python-headless>=4.4,<4.12'
 # Two processes take 0.6 times as long as one; a file's tests share what its fixtures make.
 PYTEST = -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests
 
@@ -24,6 +26,8 @@ venv: .venv/installed
 	else echo "magic_init: error: install CPython 3.9 or 3.8 (pyenv, conda or your system's" \
 	  "packages) or uv, or name one: make PYTHON=/path/to/python3.9" >&2; exit 2; fi
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	$(RUN) -m pip uninstall --quiet --yes opencv-python-headless
+	$(RUN) -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps $(CONTRIB)
 	@touch $@
 
 test: venv
@@ -38,6 +42,9 @@ oldest: venv
 	$(RUN) -m venv --clear build/oldest
 	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -c tests/oldest.txt -e '.[$(EXTRAS)]'
+	build/oldest/bin/python -m pip uninstall --quiet --yes opencv-python-headless
+	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c tests/oldest.txt --force-reinstall --no-deps $(CONTRIB)
 	build/oldest/bin/python $(PYTEST)
 
 demo: venv
@@ -57,7 +64,7 @@ bench: venv
 	$(RUN) data/photographs.py build/photographs_to_measure --count 60 --seed 1
 	$(RUN) experiments/bench.py --data '$(PHOTOS)' --measure '$(MEASURE)' --out build/bench.json
 	test -d build/tiny/data || $(RUN) data/make_tiny.py build/tiny/data
-	$(RUN) experiments/bench_training.py --voc '$(VOC)' --cpu
+	$(RUN) experiments/bench_loading.py classification --voc '$(VOC)' --cpu
 
 # tables 1 and 2 in small, on any small images with labels: make study DATA=file.npz
 DATA ?= cifar10_mini.npz

@@ -56,6 +56,7 @@ def work(arguments: argparse.Namespace, output: Optional[str]) -> Result:
 
     Runs in a child process: Caffe may abort.  Raises ValueError for whatever a user can cause.
     """
+    processes.keep_freed_memory()
     clock = Clock()
     net.use_device(arguments.device)
     import_caffe().set_random_seed(arguments.seed)
@@ -63,27 +64,22 @@ def work(arguments: argparse.Namespace, output: Optional[str]) -> Result:
     session = open_session(read_definition(arguments.prototxt), arguments.data or None,
                            arguments.batch_size, arguments.batches, rng,
                            Feed(arguments.mean, arguments.scale), arguments.size)
-    working = session.working
-    fresh = set(working.net.params)
+    fresh = set(session.working.net.params)
     if arguments.load:
-        left = caffemodel.load_weights(working.net, arguments.load)
+        left = caffemodel.load_weights(session.working.net, arguments.load)
         fresh = fresh if arguments.zero else set(left)
     if arguments.inspect and fresh:
         raise ValueError("%s has no weights for layer '%s': they cannot be inspected"
                          % (arguments.load, sorted(fresh)[0]))
     clock.lap("set up")
-    done = initialize_session(session, arguments, fresh, rng)
-    clock.lap("within layers")
-    options = Options(arguments.alpha, arguments.iterations, arguments.literal,
-                      arguments.output_std)
-    loaded = any(one.weights == "loaded" for one in done)
-    if arguments.calibrate:
-        found = calibrate_session(session, rng, loaded, options)
-    else:
-        found = measured(session, rng, options)
+    with net.blas_threads(session.working):
+        done = initialize_session(session, arguments, fresh, rng)
+        clock.lap("within layers")
+        found = calibrated(session, arguments, done, rng)
+        clock.lap("between layers")
     if output is not None:
-        working.net.save(output)
-    clock.lap("between layers")
+        session.working.net.save(output)
+    clock.lap("saved")
     layers = records(session, done, found.statistics)
     notes = warn(session, found, fresh, arguments.calibrate)
     return Result(layers,
@@ -94,6 +90,20 @@ def work(arguments: argparse.Namespace, output: Optional[str]) -> Result:
                       found.definition), found.difference, clock.seconds,
                   page.filters_png(session.working),
                   results.provenance(arguments.seed, arguments.argv))
+
+
+def calibrated(session: Session, arguments: argparse.Namespace, done: Sequence[Initialized],
+               rng: np.random.Generator) -> Calibration:
+    """Run Algorithm 2 if it is asked for, and otherwise measure the net as it is."""
+    if arguments.calibrate:
+        options = Options(arguments.alpha, arguments.iterations, arguments.literal,
+                          arguments.output_std)
+        loaded = any(one.weights == "loaded" for one in done)
+        return calibrate_session(session, rng, loaded, options)
+    statistics: Dict[str, Statistics] = {}
+    rates = measure(session.working, session.batches, session.rate_batches(), rng,
+                    literal=arguments.literal, statistics=statistics)
+    return Calibration(rates, rates, statistics)
 
 
 class Clock:
@@ -129,14 +139,6 @@ def initialize_session(session: Session, arguments: argparse.Namespace, fresh: A
         log.info("%.0f MB of blobs went through temporary files (--mem-limit %g)",
                  spooled / 1e6, arguments.mem_limit)
     return done
-
-
-def measured(session: Session, rng: np.random.Generator, options: Options) -> Calibration:
-    """Return the rates of a net that stays as it is."""
-    statistics: Dict[str, Statistics] = {}
-    rates = measure(session.working, session.batches, range(session.count), rng,
-                    literal=options.literal, statistics=statistics)
-    return Calibration(rates, rates, statistics)
 
 
 def records(session: Session, done: Sequence[Initialized],

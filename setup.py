@@ -25,6 +25,7 @@ EXPERIMENTS = [
     "requests>=2.20,<3",
     "numba>=0.53,<0.61",
     "PyYAML>=5.3,<7",
+    "jsonschema>=3.2,<5",
 ]
 WORKFLOW = [
     "snakemake[reports]==7.32.4",
@@ -38,11 +39,11 @@ setup(
     license="BSD-2-Clause",
     python_requires=">=3.8",
     packages=["ddinit"],
-    py_modules=["magic_init", "image_database", "voc", "voc_lmdb"],
+    py_modules=["magic_init"],
     install_requires=[
         "numpy>=1.19,<2",
         "scipy>=1.5,<1.14",
-        "opencv-contrib-python-headless>=4.4,<4.12",
+        "opencv-python-headless>=4.4,<4.12",  # contrib, for selective search, replaces it
         "matplotlib>=3.3,<3.10",
         "tqdm>=4.50,<5",
         "threadpoolctl>=3,<4",

@@ -1,14 +1,14 @@
-"""Generates small stand-ins for all data of the paper's experiments, in seconds.
+"""Generate small replacements for all data of the paper's experiments, in seconds.
 
     python data/make_tiny.py build/tiny/data
 
-writes below the folder given
-    VOC2007/                       a VOC-layout folder: coloured shapes on noise, with boxes
-    imagenet/{train,val}.txt       image lists ('path label') of one shape each, below imagenet/
-    normalised.prototxt            NET with BatchNorm and Scale behind affine layers
-    plain.prototxt                 NET without local response normalisation
-    pretrained.{prototxt,caffemodel}  NET, random weights, and a fully connected layer written as
-                                   a convolution, as others may do
+It writes below the folder
+    VOC2007/                       a VOC folder: colored shapes on noise, with boxes
+    imagenet/{train,val}.txt       lists 'path label' of images of one shape each, in imagenet/
+    normalized.prototxt            NET with BatchNorm and Scale after its affine layers
+    plain.prototxt                 NET without local response normalization
+    pretrained.{prototxt,caffemodel}  NET with random weights, and with a fully connected layer
+                                   written as a convolution
 experiments/tiny.yaml runs every rule of the paper's workflow on them.
 """
 import argparse
@@ -31,8 +31,8 @@ from ddinit.prototxt import (
 
 log = logging.getLogger("make_tiny")
 
-# Classes and their colours (B, G, R); an image of 160 x 120 pixels shows one or two objects.
-COLOURS = {"disc": (40, 50, 210), "square": (200, 60, 40), "triangle": (50, 190, 60)}
+# Classes and their colors (B, G, R); an image of 160 x 120 pixels shows one or two objects.
+COLORS = {"disc": (40, 50, 210), "square": (200, 60, 40), "triangle": (50, 190, 60)}
 WIDTH, HEIGHT = 160, 120
 VOC_IMAGES = {"train": 12, "val": 12, "test": 12}
 IMAGENET_IMAGES = {"train": 36, "val": 12}
@@ -40,7 +40,7 @@ IMAGENET_SIDE = 72
 
 
 class Shape(NamedTuple):
-    """An object: its class and box in pixels counted from 0, both ends inclusive."""
+    """An object: its class, and its box in pixels from 0 with both ends inside."""
 
     name: str
     left: int
@@ -52,11 +52,12 @@ class Shape(NamedTuple):
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Write everything below the folder that the command line names; return the exit status."""
     parser = processes.Parser(prog="make_tiny.py", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", metavar="DIR", help="folder to write to; made where missing")
+    parser.add_argument("folder", metavar="DIR", help="folder to write to")
     parser.add_argument("--model", metavar="NET.prototxt",
                         default=os.path.join("models", "caffenet_tiny", "deploy.prototxt"),
-                        help="CaffeNet's likes to derive nets from (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+                        help="net to derive others from (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="random seed (default: %(default)d)")
     processes.log_to_stderr()
     return processes.command_line(run, parser.parse_args(argv), parser.prog)
 
@@ -67,11 +68,11 @@ def run(arguments: argparse.Namespace) -> None:
     os.makedirs(arguments.folder, exist_ok=True)
     write_voc(os.path.join(arguments.folder, "VOC2007"), rng)
     write_imagenet(os.path.join(arguments.folder, "imagenet"), rng)
-    for name, change in (("normalised", normalised), ("plain", without_lrn)):
+    for name, change in (("normalized", normalized), ("plain", without_lrn)):
         write_definition(change(read_definition(arguments.model)),
-                                     os.path.join(arguments.folder, name + ".prototxt"))
+                         os.path.join(arguments.folder, name + ".prototxt"))
     processes.in_child(write_pretrained, arguments.model,
-                     os.path.join(arguments.folder, "pretrained"), arguments.seed)
+                       os.path.join(arguments.folder, "pretrained"), arguments.seed)
     log.info("wrote %s", arguments.folder)
 
 
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------
 
 def write_voc(root: str, rng: np.random.Generator) -> None:
-    """Write a folder in PASCAL VOC's layout: train and val, trainval with both, and test."""
+    """Write a VOC folder with train, val, trainval and test."""
     for folder in ("Annotations", "JPEGImages", os.path.join("ImageSets", "Main")):
         os.makedirs(os.path.join(root, folder), exist_ok=True)
     number = 0
@@ -91,7 +92,7 @@ def write_voc(root: str, rng: np.random.Generator) -> None:
             number += 1
             image = "%06d" % number
             pixels = _noise(HEIGHT, WIDTH, rng)
-            names = rng.choice(list(COLOURS), size=int(rng.integers(1, 3)), replace=False)
+            names = rng.choice(list(COLORS), size=int(rng.integers(1, 3)), replace=False)
             halves = [(0, WIDTH // 2), (WIDTH // 2, WIDTH)][:len(names)]
             contents[image] = [_draw(pixels, str(name), span, rng)
                                for name, span in zip(names, halves)]
@@ -104,14 +105,14 @@ def write_voc(root: str, rng: np.random.Generator) -> None:
 
 
 def write_imagenet(root: str, rng: np.random.Generator) -> None:
-    """Write folders of images with one shape each, and a list of 'path label' lines for each."""
+    """Write folders of images with one shape each, and a list 'path label' for each folder."""
     for split, count in IMAGENET_IMAGES.items():
         os.makedirs(os.path.join(root, split), exist_ok=True)
         lines = []
         for number in range(count):
-            label = number % len(COLOURS)
+            label = number % len(COLORS)
             pixels = _noise(IMAGENET_SIDE, IMAGENET_SIDE, rng)
-            _draw(pixels, list(COLOURS)[label], (0, IMAGENET_SIDE), rng)
+            _draw(pixels, list(COLORS)[label], (0, IMAGENET_SIDE), rng)
             path = os.path.join(split, "%04d.jpg" % number)
             _write_image(os.path.join(root, path), pixels)
             lines.append("%s %d" % (path, label))
@@ -131,13 +132,13 @@ def _draw(pixels: np.ndarray, name: str, span: Tuple[int, int],
     y = int(rng.integers(half, height - half))
     shape = Shape(name, x - half, y - half, x + half, y + half)
     if name == "disc":
-        cv2.circle(pixels, (x, y), half, COLOURS[name], -1)
+        cv2.circle(pixels, (x, y), half, COLORS[name], -1)
     elif name == "square":
         cv2.rectangle(pixels, (shape.left, shape.top), (shape.right, shape.bottom),
-                      COLOURS[name], -1)
+                      COLORS[name], -1)
     else:
         corners = [(x, shape.top), (shape.left, shape.bottom), (shape.right, shape.bottom)]
-        cv2.fillConvexPoly(pixels, np.array(corners, np.int32), COLOURS[name])
+        cv2.fillConvexPoly(pixels, np.array(corners, np.int32), COLORS[name])
     return shape
 
 
@@ -159,7 +160,7 @@ def _write_annotation(root: str, image: str, shapes: Sequence[Shape]) -> None:
 def _write_split(root: str, split: str, contents: Dict[str, List[Shape]]) -> None:
     folder = os.path.join(root, "ImageSets", "Main")
     _write_lines(os.path.join(folder, split + ".txt"), list(contents))
-    for name in COLOURS:
+    for name in COLORS:
         _write_lines(os.path.join(folder, "%s_%s.txt" % (name, split)), [
             "%s %2d" % (image, 1 if any(shape.name == name for shape in shapes) else -1)
             for image, shapes in contents.items()])
@@ -174,8 +175,8 @@ def _write_lines(path: str, lines: Sequence[str]) -> None:
 # Nets
 # ---------------------------------------------------------------------------------------------
 
-def normalised(definition: Any) -> Any:
-    """Return a net with BatchNorm and Scale behind every affine layer but the last."""
+def normalized(definition: Any) -> Any:
+    """Return a net with BatchNorm and Scale after every affine layer but the last."""
     layers = _copies(definition.layer)
     affine = [layer for layer in layers if layer.type in ("Convolution", "InnerProduct")]
     del definition.layer[:]
@@ -192,7 +193,7 @@ def normalised(definition: Any) -> Any:
 
 
 def without_lrn(definition: Any) -> Any:
-    """Return a net without its LRN layers: who read their tops reads their bottoms."""
+    """Return a net without its LRN layers, whose readers read their bottoms instead."""
     layers = [layer for layer in _copies(definition.layer) if layer.type != "LRN"]
     instead = {layer.top[0]: layer.bottom[0] for layer in definition.layer if layer.type == "LRN"}
     for layer in layers:
@@ -203,7 +204,7 @@ def without_lrn(definition: Any) -> Any:
 
 
 def _copies(layers: Iterable[Any]) -> List[Any]:
-    """Copies that stay when the definition's own layers are cleared."""
+    """Return copies, which remain when the layers of the definition are cleared."""
     copies = [caffe_messages().LayerParameter() for _ in layers]
     for copy, layer in zip(copies, layers):
         copy.CopyFrom(layer)
@@ -211,7 +212,7 @@ def _copies(layers: Iterable[Any]) -> List[Any]:
 
 
 def write_pretrained(model: str, stem: str, seed: int) -> None:
-    """Write STEM.prototxt, `model` with its fc6 as a convolution, and random STEM.caffemodel."""
+    """Write STEM.prototxt, which is `model` with fc6 as a convolution, and a random caffemodel."""
     caffe = import_caffe()
     caffe.set_random_seed(seed)
     definition = read_definition(model)

@@ -10,7 +10,7 @@ import numpy as np
 from google.protobuf import text_format
 
 from ddinit.change_rates import measure
-from ddinit.net import copy_weights
+from ddinit.net import blas_threads, copy_weights
 from ddinit.prototxt import read_definition
 from ddinit.session import (
     MEAN,
@@ -59,8 +59,9 @@ def initialize(net: Any, prototxt: str, images: Optional[Images] = None, kind: s
                          % (unknown[0], ", ".join(net.params)))
     session, rng = _opened(net, prototxt, images, batches, seed, Feed(mean, scale))
     fresh = set(net.params if layers is None else layers)
-    initialize_layers(session.working, session.batches, session.count,
-                      Plan(fresh, kind, within, beta), rng, mem_limit * 1e6, lambda: None)
+    with blas_threads(session.working):
+        initialize_layers(session.working, session.batches, session.count,
+                          Plan(fresh, kind, within, beta), rng, mem_limit * 1e6, lambda: None)
     copy_weights(session.working.net, net)
     setattr(net, FRESH, fresh | getattr(net, FRESH, set()))
 
@@ -97,7 +98,8 @@ def calibrate(net: Any, prototxt: str, images: Optional[Images] = None, batches:
     if keep_function is None:
         fresh: Set[str] = getattr(net, FRESH, set())
         keep_function = not fresh.issuperset(layer.name for layer in session.working.affine)
-    done = calibrate_session(session, rng, keep_function,
+    with blas_threads(session.working):
+        done = calibrate_session(session, rng, keep_function,
                              Options(alpha, iterations, literal, output_std))
     if done.difference is not None and not done.difference <= TOLERANCE:
         raise ValueError("the rescaled net's outputs differ by %.2g of their standard deviation "
@@ -116,8 +118,9 @@ def change_rates(net: Any, prototxt: str, images: Optional[Images] = None, batch
     are those of `initialize`.
     """
     session, rng = _opened(net, prototxt, images, batches, seed, Feed(mean, scale))
-    return measure(session.working, session.batches, range(session.count), rng,
-                   literal=literal).by_layer()
+    with blas_threads(session.working):
+        return measure(session.working, session.batches, range(session.count), rng,
+                       literal=literal).by_layer()
 
 
 def _opened(net: Any, prototxt: str, images: Optional[Images], batches: int, seed: int,

@@ -1,13 +1,27 @@
 """Tell what Caffe knows about a net: its layers, their weights, and where a kernel lies."""
+import contextlib
+import ctypes
 import glob
 import os
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ddinit.processes import ChildDied, in_child
-from ddinit.prototxt import Input, build_net, import_caffe, output_blobs, separable
+from ddinit.prototxt import (
+    Input,
+    build_net,
+    image_layers,
+    import_caffe,
+    output_blobs,
+    read_definition,
+    separable,
+    working_definition,
+)
 
+# A layer with fewer products an image than this gains nothing from a second thread of BLAS.
+SMALL_LAYER = 30e6
 # Layers z = W x + b whose weights train; Scale with one bottom is one weight a channel.
 AFFINE = {"Convolution", "Deconvolution", "InnerProduct", "Embed", "Scale"}
 
@@ -149,6 +163,43 @@ class WorkingNet:
         if layer.type in ("Embed", "Scale"):
             return 1 if layer.type == "Embed" else int(layer.weights.size)
         return channels(shape)
+
+
+def open_net(path: str, batch_size: int) -> WorkingNet:
+    """Return the net to measure on of the definition at `path`, whose images will be fed.
+
+    Raises ValueError as `image_layers` does.
+    """
+    definition = read_definition(path)
+    layers, image = image_layers(definition, batch_size)
+    assert image is not None  # because batch_size asks for one
+    return WorkingNet(working_definition(layers, [image], definition.name), [image])
+
+
+@contextlib.contextmanager
+def blas_threads(working: WorkingNet) -> Iterator[None]:
+    """Keep BLAS to one thread while the block runs, where a net's layers are all small.
+
+    Threads that wait for each other's little spin, and take many times as long beside other work
+    (experiments/results/speed.md).
+    """
+    products = 0.0
+    for layer in working.affine:
+        shape = working.blob(layer.tops[0]).shape
+        places = np.prod(shape[1:]) / shape[output_axis(layer, len(shape))]
+        products = max(products, layer.weights.size * places)
+    # The wheel's BLAS is a part of Caffe's own library, where threadpoolctl does not look.
+    caffes = ctypes.CDLL(import_caffe()._caffe.__file__)
+    if products >= SMALL_LAYER or not hasattr(caffes, "openblas_set_num_threads"):
+        yield
+        return
+    before = caffes.openblas_get_num_threads()
+    with threadpool_limits(1, "blas"):
+        caffes.openblas_set_num_threads(1)
+        try:
+            yield
+        finally:
+            caffes.openblas_set_num_threads(before)
 
 
 def copy_weights(source: Any, target: Any) -> None:

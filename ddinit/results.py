@@ -1,9 +1,7 @@
-"""One result format: JSON with what is needed to repeat it, CSV tables, trials and their error.
-
-    python -c "import results; print(results.mean_and_error([50.8, 51.6, 49.4]))"
-"""
+"""One result format: JSON with what is needed to repeat it, CSV tables, trials and their error."""
+import contextlib
 import csv
-import importlib
+import importlib.metadata
 import json
 import math
 import platform
@@ -13,19 +11,32 @@ from typing import Any, Dict, Iterable, Optional, Sequence, Tuple
 from ddinit import files
 
 VERSION = "0.1.0"
+# Packages whose versions a result depends on, with all the names that they are distributed under.
+PACKAGES = {"numpy": ["numpy"], "scipy": ["scipy"],
+            "cv2": ["opencv-python-headless", "opencv-contrib-python-headless", "opencv-python"],
+            "caffe": ["kendryte-caffe"]}
 
 
 def provenance(seed: Optional[int], argv: Optional[Sequence[str]] = None) -> Dict[str, Any]:
     """Return the command, seed and versions that a result came from.
 
-    `argv` is the command line without the program's name, None for the process's own.
+    `argv` is the command line without the program's name, None for the process's own. Nothing is
+    imported: a process that draws a figure need not have Caffe.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     versions = {"magic_init": VERSION, "python": platform.python_version()}
-    for module in ("numpy", "scipy", "cv2", "caffe"):
-        loaded = sys.modules.get(module) or importlib.import_module(module)
-        versions[module] = str(getattr(loaded, "__version__", "unknown"))
+    for module, names in PACKAGES.items():
+        loaded = getattr(sys.modules.get(module), "__version__", None)
+        versions[module] = str(loaded or _installed(names))
     return {"command": [sys.argv[0], *arguments], "seed": seed, "versions": versions}
+
+
+def _installed(names: Sequence[str]) -> str:
+    """Return the version of the first package of these names that pip knows."""
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "unknown"
 
 
 def write_json(path: str, value: Any) -> None:

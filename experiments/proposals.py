@@ -1,262 +1,24 @@
-"""Where objects may be: the boxes that Fast R-CNN classifies, from a file or computed here.
-
-Either the public selective-search .mat of a split (Girshick 2015), or OpenCV's selective search
-(Uijlings et al. 2013), computed by several processes and kept on disk image by image:
+"""Compute the selective-search proposals of a VOC folder, for detect_voc.py.
 
     python experiments/proposals.py VOCdevkit/VOC2007 trainval test --cache build/proposals
 """
 import argparse
-import concurrent.futures
-import hashlib
-import io
-import logging
-import multiprocessing
-import os
 import sys
-import threading
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Optional, Sequence
 
-import cv2
 import numpy as np
-import scipy.io
-from tqdm import tqdm
 
-import run_folder
-from ddinit import files, processes
-from ddinit.argument_types import count
-from voc import Voc
-
-COMPUTED = "selective-search"  # in place of a file's name: compute them
-DEFAULT_CACHE = os.path.join("build", "proposals")
-SMALLEST = 8  # pixels of the resized image: narrower and lower regions are no objects
-
-log = logging.getLogger(__name__)
-
-
-class Search(NamedTuple):
-    """How to search: OpenCV's mode 'fast' or 'quality', on images resized to a longest side of
-    `side` pixels; similar colours merge from the threshold `base_k` on (greater: fewer boxes)."""
-    mode: str = "fast"
-    side: int = 500
-    base_k: int = 150
-
-
-def load(voc: Voc, images: Sequence[str], arguments: argparse.Namespace,
-         limit: Optional[int] = None) -> List[np.ndarray]:
-    """Return the proposals, float32 (n, 4), of each of a split's images, or the first `limit`.
-
-    `arguments` are those of `add_arguments`.  Raises ValueError naming the file or image where
-    there are none.
-    """
-    search = search_of(arguments)
-    if arguments.proposals != COMPUTED:
-        return read_mat(arguments.proposals, images)[:limit]
-    paths = [voc.image_path(image) for image in images[:limit]]
-    return list(compute(paths, search, arguments.cache, arguments.processes))
-
-
-def described(arguments: argparse.Namespace) -> Dict[str, Any]:
-    """Return what the proposals that `load` returns depend on, as JSON values."""
-    if arguments.proposals != COMPUTED:
-        return {"proposals_sha256": run_folder.sha256(arguments.proposals)}
-    return {"proposals": {"opencv": cv2.__version__, **search_of(arguments)._asdict()}}
-
-
-# ---------------------------------------------------------------------------------------------
-# Files of selective search
-# ---------------------------------------------------------------------------------------------
-
-def read_mat(path: str, images: Sequence[str]) -> List[np.ndarray]:
-    """Return the boxes in a selective-search .mat, one array (n, 4) for each of `images`.
-
-    The file holds `boxes`, a cell per image with columns y1, x1, y2, x2 counted from 1, and often
-    `images`, their ids, which then must be ours in our order.  Raises ValueError naming the file
-    and the image.
-    """
-    content = _matlab(path)
-    cells = np.ravel(content["boxes"])
-    if len(cells) != len(images):
-        raise ValueError("%s: holds proposals for %d images, the split has %d"
-                         % (path, len(cells), len(images)))
-    names = [_text(cell) for cell in np.ravel(content.get("images", ()))]
-    for number, (name, image) in enumerate(zip(names, images), 1):
-        if name != image:
-            raise ValueError("%s: cell %d is image %s, the split's is %s"
-                             % (path, number, name, image))
-    return [_boxes(cell, path, image) for cell, image in zip(cells, images)]
-
-
-def _matlab(path: str) -> dict:
-    try:
-        content = scipy.io.loadmat(path, appendmat=False)
-    except OSError as error:
-        raise ValueError("%s: cannot read the proposals (%s)" % (path, error.strerror)) from error
-    except NotImplementedError as error:
-        raise ValueError("%s: written by MATLAB's -v7.3; save it with -v7" % path) from error
-    except Exception as error:  # scipy raises whatever a broken file leads it to
-        raise ValueError("%s: not a .mat file (%s)" % (path, error)) from error
-    if "boxes" not in content:
-        names = [name for name in content if not name.startswith("__")]
-        raise ValueError("%s: has no variable 'boxes', only %s"
-                         % (path, ", ".join(names) or "none"))
-    return content
-
-
-def _text(cell: Any) -> str:
-    return str(np.ravel(cell)[0]) if np.size(cell) else ""
-
-
-def _boxes(cell: Any, path: str, image: str) -> np.ndarray:
-    """Our boxes of a cell's: columns in order, counted from 0, floats so that 0 - 1 is -1."""
-    array = np.asarray(cell)
-    if array.dtype == object or array.ndim != 2 or array.shape[1] != 4 or not len(array):
-        raise ValueError("%s: image %s has no boxes: its cell is %s %s, not rows of 4 numbers"
-                         % (path, image, array.dtype, array.shape))
-    return array[:, [1, 0, 3, 2]].astype(np.float32) - 1
-
-
-# ---------------------------------------------------------------------------------------------
-# OpenCV's selective search
-# ---------------------------------------------------------------------------------------------
-
-def compute(paths: Sequence[str], search: Search, cache: str,
-            processes: int) -> Iterator[np.ndarray]:
-    """Yield the proposals of each image file, computed or from the folder `cache`, in order.
-
-    Raises ValueError naming the image that cannot be read or has none.
-    """
-    os.makedirs(cache, exist_ok=True)
-    missing = [path for path in paths if _cached(path, search, cache)[1] is None]
-    if missing:
-        log.info("selective search in %d of %d images, by %d processes", len(missing), len(paths),
-                 processes)
-        tqdm.set_lock(threading.RLock())  # its default, a semaphore, outlives a process that aborts
-        for _ in tqdm(_searched(missing, search, cache, processes), total=len(missing),
-                      unit="images", disable=None):
-            pass
-    for path in paths:
-        _, found = _cached(path, search, cache)
-        if found is None:
-            raise ValueError("%s: changed while its proposals were computed" % path)
-        yield found
-
-
-def find(image: np.ndarray, search: Search) -> np.ndarray:
-    """Return the proposals float32 (n, 4) in an image uint8 (height, width, 3), sorted."""
-    height, width = image.shape[:2]
-    scale = search.side / max(height, width)
-    size = max(round(width * scale), 1), max(round(height * scale), 1)
-    shrinks = size[0] < width
-    resized = cv2.resize(image, size,
-                         interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    engine = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
-    engine.setBaseImage(resized)
-    if search.mode == "fast":
-        engine.switchToSelectiveSearchFast(search.base_k)
-    else:
-        engine.switchToSelectiveSearchQuality(search.base_k)
-    rectangles = np.asarray(engine.process()).reshape(-1, 4)
-    kept = rectangles[(rectangles[:, 2:] >= SMALLEST).all(axis=1)].astype(np.float64)
-    back = np.array([width / size[0], height / size[1]])
-    corners = np.hstack([kept[:, :2] * back, (kept[:, :2] + kept[:, 2:]) * back - 1])
-    return np.unique(corners.astype(np.float32), axis=0)  # OpenCV's order is partly random
-
-
-def _searched(paths: Sequence[str], search: Search, cache: str,
-              processes: int) -> Iterator[None]:
-    """Fill the cache for `paths`, yielding after each; a process that dies is an error."""
-    if processes == 1:
-        for path in paths:
-            _search_file(path, search, cache)
-            yield
-        return
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, context, _begin) as pool:
-        try:
-            yield from pool.map(_search_file, paths, [search] * len(paths), [cache] * len(paths))
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise ValueError("selective search: a process ended without an answer, most likely "
-                             "because memory ran out; use fewer") from error
-
-
-def _begin() -> None:
-    processes.die_with_parent()
-    cv2.setNumThreads(1)  # the processes are the parallelism
-
-
-def _search_file(path: str, search: Search, cache: str) -> None:
-    target, _ = _cached(path, search, cache)
-    image = cv2.imread(path)
-    if image is None:
-        raise ValueError("%s: not an image that OpenCV can read" % path)
-    found = find(image, search)
-    if not len(found):
-        raise ValueError("%s: selective search finds no boxes in it" % path)
-    with files.replacing(target) as temporary, open(temporary, "wb") as file:
-        np.save(file, found)
-
-
-def _cached(path: str, search: Search, cache: str) -> Tuple[str, Optional[np.ndarray]]:
-    """The file that keeps an image's proposals, and what is in it, None where nothing whole is.
-
-    Its name holds a digest of the image's bytes and of everything that the result depends on.
-    """
-    digest = hashlib.sha256(repr((search, SMALLEST, cv2.__version__)).encode())
-    try:
-        with open(path, "rb") as file:
-            digest.update(file.read())
-    except OSError as error:
-        raise ValueError("%s: cannot read the image (%s)" % (path, error.strerror)) from error
-    stem = os.path.splitext(os.path.basename(path))[0]
-    target = os.path.join(cache, "%s-%s.npy" % (stem, digest.hexdigest()[:16]))
-    return target, _saved(target)
-
-
-def _saved(path: str) -> Optional[np.ndarray]:
-    try:
-        with open(path, "rb") as file:
-            found = np.load(io.BytesIO(file.read()), allow_pickle=False)
-    except (OSError, EOFError, ValueError):
-        return None
-    return found if found.ndim == 2 and found.shape[1] == 4 and len(found) else None
-
-
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which proposals to use and how they are computed."""
-    default, add = Search(), parser.add_argument
-    add("--proposals", default=COMPUTED, metavar="FILE.mat|%s" % COMPUTED,
-        help="a split's selective-search file, or computed here (default %(default)s)")
-    add("--search-mode", choices=("fast", "quality"), default=default.mode,
-        help="OpenCV's selective search (default %(default)s)")
-    add("--search-side", type=count, default=default.side, metavar="PIXELS",
-        help="search in images resized to this longest side (default %(default)d)")
-    add("--search-k", type=count, default=default.base_k, metavar="K",
-        help="the segmentation's first scale; smaller finds more and smaller boxes (default "
-             "%(default)d)")
-    add("--cache", metavar="DIR", default=DEFAULT_CACHE,
-        help="folder that keeps computed proposals (default %(default)s)")
-    add("--processes", type=count, default=os.cpu_count() or 1, metavar="N",
-        help="that search (default: one a core, %(default)d)")
-
-
-def search_of(arguments: argparse.Namespace) -> Search:
-    """Return the search that `add_arguments`' options ask for; ValueError where it cannot be."""
-    if arguments.search_side < 2 * SMALLEST:
-        raise ValueError("--search-side must be at least %d pixels, not %d"
-                         % (2 * SMALLEST, arguments.search_side))
-    return Search(arguments.search_mode, arguments.search_side, arguments.search_k)
+from ddinit import processes
+from detection import proposals
+from voc.folders import Voc
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Compute the proposals of splits into the cache; return the exit status."""
     parser = processes.Parser(prog="proposals.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("voc", metavar="VOC", help="folder in VOC's layout")
-    parser.add_argument("splits", metavar="SPLIT", nargs="+", help="such as trainval")
-    add_arguments(parser)
+    parser.add_argument("voc", metavar="VOC", help="VOC folder")
+    parser.add_argument("splits", metavar="SPLIT", nargs="+", help="split, such as trainval")
+    proposals.add_arguments(parser)
     processes.log_to_stderr()
     return processes.command_line(_run, parser.parse_args(argv), parser.prog)
 
@@ -265,9 +27,9 @@ def _run(arguments: argparse.Namespace) -> None:
     voc = Voc(arguments.voc)
     for split in arguments.splits:
         images = voc.images(split)
-        counts = [len(found) for found in load(voc, images, arguments)]
-        print("%s: %.0f proposals an image in %d images, %d to %d"
-              % (split, np.mean(counts), len(images), min(counts), max(counts)))
+        counts = [len(found) for found in proposals.load(voc, images, arguments)]
+        print("%s: %d images with %d to %d proposals, %.0f on average"
+              % (split, len(images), min(counts), max(counts), np.mean(counts)))
 
 
 if __name__ == "__main__":

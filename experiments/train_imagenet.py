@@ -1,162 +1,183 @@
-"""Trains a net to classify the images of an LMDB, as the paper trains on ImageNet (section 4.5).
+"""Train a net to classify labeled images, as the paper trains on ImageNet (section 4.5).
 
     python experiments/train_imagenet.py models/caffenet/deploy.prototxt none build/reference \\
         --train build/train.lmdb --val build/val.lmdb
     python experiments/train_imagenet.py models/googlenet/deploy.prototxt kmeans.caffemodel \\
         build/kmeans --preset googlenet --zero-last --train build/train.lmdb --val build/val.lmdb
 
-The presets are the paper's.  caffenet: SGD at 0.01, times 0.1 every 100,000 of 320,000 iterations,
-momentum 0.9, weight decay 5e-4, batches of 256.  googlenet: Caffe's 'quick' solver, 0.01 falling
-with the square root of the remaining part of 2,400,000 iterations, weight decay 2e-4, batches of
-32.  Images are random crops and mirrored half of the time; validation takes the central crop.
+The presets are the solvers of the paper. caffenet: SGD at a rate of 0.01, times 0.1 every 100,000
+of 320,000 iterations, momentum 0.9, weight decay 5e-4, batches of 256. googlenet: Caffe's 'quick'
+solver, at 0.01 times the square root of the part of the 2,400,000 iterations that remains, weight
+decay 2e-4, batches of 32. Training takes random crops, mirrored half of the time; validation takes
+the central crop.
 
-OUTDIR/curves.csv: iteration, training_loss and training_error (means over the iterations since
-the row before, of the last classifier, on the batches trained on), validation_loss and
-validation_error (of the whole validation set).
+OUTDIR/curves.csv holds training_loss and training_error (of the last classifier, means over the
+iterations since the row before) and validation_loss and validation_error (of all images of --val).
+With --test, OUTDIR/result.json holds the loss and error of the trained net on other images.
 """
 import argparse
 import logging
 import os
 import sys
-from typing import Any, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, NamedTuple, Optional, Sequence
 
-import imagenet_net
-import run_folder
-import training_options
-from ddinit import argument_types, processes
-from ddinit.argument_types import count, natural, positive
-from ddinit.caffe_net import choose_device
-from ddinit.prototxt import caffe_messages, read_definition
-from image_batches import MEAN, Crops
-from imagenet_curves import Curves
-from lmdb_images import LmdbImages
-from training import Measurement, Plan, exit_status, train
-from training_net import image_source_layer
+from google.protobuf import text_format
 
-DATASET = "lmdb_images.LmdbImages"
-MOMENTUM = 0.9
+from ddinit import argument_types, files, processes, results
+from ddinit.argument_types import count, positive
+from ddinit.caffemodel import load_weights
+from ddinit.net import choose_device
+from ddinit.prototxt import build_net, caffe_messages, read_definition
+from imagenet import nets
+from imagenet.images import dataset_of
+from imagenet.validation import Scores, TrainingScores
+from training import options, run_folder
+from training.batches import MEAN, Crops, named_dataset
+from training.loop import Measurement, Plan, exit_status, train
+from training.nets import image_source_layer
 
 
 class Preset(NamedTuple):
-    """A solver of the paper, and what the net that it belongs to is like."""
+    """A solver of the paper, and what distinguishes the net that it is for."""
 
-    learning_rate: float
-    policy: str
-    weight_decay: float
-    iterations: int
+    solver: Dict[str, Any]
     batch_size: int
     validate_every: int
     lrn: bool
     outputs: int
 
 
-CAFFENET = Preset(0.01, "step", 5e-4, 320000, 256, 1000, lrn=True, outputs=1)
-GOOGLENET = Preset(0.01, "poly", 2e-4, 2400000, 32, 4000, lrn=True, outputs=3)
+CAFFENET = Preset(
+    {"type": "SGD", "base_lr": 0.01, "lr_policy": "step", "gamma": 0.1, "stepsize": 100000,
+     "max_iter": 320000, "momentum": 0.9, "weight_decay": 5e-4},
+    256, 1000, lrn=True, outputs=1)
+GOOGLENET = Preset(
+    {"type": "SGD", "base_lr": 0.01, "lr_policy": "poly", "power": 0.5, "max_iter": 2400000,
+     "momentum": 0.9, "weight_decay": 2e-4},
+    32, 4000, lrn=True, outputs=3)
 PRESETS = {
     "caffenet": CAFFENET,
     "caffenet-nolrn": CAFFENET._replace(lrn=False),
     "googlenet": GOOGLENET,
     "googlenet-single": GOOGLENET._replace(outputs=1),
 }
-STEP, STEP_FACTOR = 100000, 0.1  # of the policy "step"
-POWER = 0.5  # of the policy "poly"
 
 
 # ---------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------
 
-def run_training(arguments: argparse.Namespace, gpus: List[int]) -> int:
-    """Train as the command line says; return the exit status.  Runs in a child process."""
+def run_training(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
+    """Train as the command line says; return the exit status. It runs in a child process."""
     processes.log_to_stderr()
-    curves = validation(arguments)
-    plan = training_plan(arguments, gpus, curves)
+    validation = scores(arguments, arguments.val)
+    plan = training_plan(arguments, gpu, validation)
     try:
         outcome = train(plan)
+        if outcome.stopped_by is None:
+            logging.info("wrote %s", os.path.join(plan.folder, "final.caffemodel"))
+            if arguments.test is not None:
+                test(arguments)
     finally:
-        curves.close()
-    if outcome.stopped_by is None:
-        logging.info("wrote %s", os.path.join(plan.folder, "final.caffemodel"))
+        validation.close()
     return exit_status(outcome, plan)
 
 
-def validation(arguments: argparse.Namespace) -> Curves:
-    """Return what measures the validation set."""
-    net = imagenet_net.classifier(read_definition(arguments.net), arguments.batch_size,
-                                  arguments.classes)
-    return Curves(arguments.folder, arguments.validate_every, net,
-                  os.path.abspath(arguments.val), arguments.classes, crops_of(net, arguments),
+def training_plan(arguments: argparse.Namespace, gpu: Optional[int], validation: Scores) -> Plan:
+    """Return the plan of a run. Raises ValueError where the net is not that of the preset."""
+    net = nets.classifier(read_definition(arguments.net), arguments.batch_size, arguments.classes,
+                          arguments.zero_last)
+    if arguments.solver is None:
+        check_preset(net, arguments.preset, arguments.net)
+    data = {"path": os.path.abspath(arguments.train), "classes": arguments.classes}
+    source = image_source_layer("data", (net.image.blob, "label"), dataset_of(arguments.train),
+                                data, crops_of(net, arguments), arguments.batch_size,
+                                arguments.seed, arguments.workers)
+    training = TrainingScores(arguments.folder, arguments.validate_every)
+
+    def measure(caffe_net: Any) -> Dict[str, float]:
+        values = validation.measure(caffe_net)
+        return {**training.measure(), **{"validation_" + name: value
+                                         for name, value in values.items()}}
+
+    solver = solver_of(arguments)
+    return Plan(
+        net=nets.training_definition(net, source), solver=solver, folder=arguments.folder,
+        iterations=arguments.iterations, seed=arguments.seed,
+        weights=None if arguments.weights == "none" else arguments.weights,
+        fresh=net.last_layers if arguments.zero_last else [],
+        snapshot_every=arguments.snapshot, resume=arguments.resume, gpu=gpu,
+        settings=settings(arguments, solver), measurement=Measurement(
+            nets.validation_definition(validation.net), arguments.validate_every, measure))
+
+
+def scores(arguments: argparse.Namespace, path: str) -> Scores:
+    """Return what measures loss and error on the images of `path`."""
+    net = nets.classifier(read_definition(arguments.net), arguments.batch_size, arguments.classes)
+    return Scores(net, os.path.abspath(path), arguments.classes, crops_of(net, arguments),
                   arguments.workers)
 
 
-def training_plan(arguments: argparse.Namespace, gpus: List[int], curves: Curves) -> Plan:
-    """Return the plan of a run.  Raises ValueError where the net is not the preset's."""
-    share, rest = divmod(arguments.batch_size, max(1, len(gpus)))
-    if rest:
-        raise ValueError("batches of %d images cannot be shared by %d GPUs"
-                         % (arguments.batch_size, len(gpus)))
-    net = imagenet_net.classifier(read_definition(arguments.net), share,
-                                  arguments.classes, arguments.zero_last)
-    check_preset(net, arguments.preset, arguments.net)
-    data = {"path": os.path.abspath(arguments.train), "classes": arguments.classes}
-    source = image_source_layer("data", (net.image.blob, "label"), DATASET, data,
-                                crops_of(net, arguments), share, arguments.seed,
-                                arguments.workers)
-    return Plan(
-        net=imagenet_net.training_definition(net, source), solver=solver_parameters(arguments),
-        folder=arguments.folder, iterations=arguments.iterations, seed=arguments.seed,
-        weights=None if arguments.weights == "none" else arguments.weights,
-        fresh=net.last_layers if arguments.zero_last else [],
-        snapshot_every=arguments.snapshot, resume=arguments.resume, gpus=gpus,
-        settings=repeating(arguments), measurement=Measurement(
-            imagenet_net.validation_definition(curves.net), arguments.validate_every,
-            curves.measure))
-
-
-def repeating(arguments: argparse.Namespace) -> Any:
-    """Return what else a run is repeated with."""
-    return {"paths": {"definition": os.path.abspath(arguments.net),
-                      "train": os.path.abspath(arguments.train),
-                      "val": os.path.abspath(arguments.val)},
-            "definition_sha256": run_folder.sha256(arguments.net), "preset": arguments.preset,
-            "train_images": len(LmdbImages(arguments.train, arguments.classes).labels),
-            "classes": arguments.classes, "batch_size": arguments.batch_size,
-            "learning_rate": arguments.lr, "zero_last": arguments.zero_last,
-            "mean": list(arguments.mean), "validate_every": arguments.validate_every}
-
-
-def crops_of(net: imagenet_net.Classifier, arguments: argparse.Namespace) -> Crops:
-    """Return how the net's images are cut out of the database's: unscaled."""
+def crops_of(net: nets.Classifier, arguments: argparse.Namespace) -> Crops:
+    """Return how the images of the net are cut out: unscaled."""
     channels, height, width = net.image.shape[1:]
     if channels != len(arguments.mean):
-        raise ValueError("%s: takes %d channels, --mean has %d"
+        raise ValueError("%s takes images with %d channels, but --mean has %d values."
                          % (arguments.net, channels, len(arguments.mean)))
     return Crops(height, width, min_scale=1.0, max_scale=1.0, mean=tuple(arguments.mean))
 
 
-def check_preset(net: imagenet_net.Classifier, name: str, path: str) -> None:
-    """Raise ValueError where a net is another variant than the one that a preset is for."""
+def check_preset(net: nets.Classifier, name: str, path: str) -> None:
+    """Raise ValueError where a net is another variant than that of a preset."""
     preset = PRESETS[name]
     lrn = any(layer.type == "LRN" for layer in net.layers)
     if lrn and not preset.lrn:
-        raise ValueError("%s: has local response normalisations, preset %s is for a net without: "
-                         "models/caffenet_nolrn" % (path, name))
+        raise ValueError("%s has local response normalization. Preset %s is for a net without it, "
+                         "such as models/caffenet_nolrn." % (path, name))
     if len(net.outputs) > 1 and preset.outputs == 1:
-        raise ValueError("%s: has the classifiers %s, preset %s is for a net with one"
+        raise ValueError("%s has the classifiers %s. Preset %s is for a net with one classifier."
                          % (path, ", ".join(net.outputs), name))
 
 
-def solver_parameters(arguments: argparse.Namespace) -> Any:
-    """Return the preset's solver at the learning rate of the command line."""
-    preset = PRESETS[arguments.preset]
-    solver = caffe_messages().SolverParameter(
-        type="SGD", base_lr=arguments.lr, lr_policy=preset.policy, momentum=MOMENTUM,
-        weight_decay=preset.weight_decay)
-    if preset.policy == "step":
-        solver.gamma, solver.stepsize = STEP_FACTOR, STEP
-    else:
-        solver.power = POWER
+def solver_of(arguments: argparse.Namespace) -> Any:
+    """Return the SolverParameter of the preset or file, at the learning rate that was given."""
+    solver = caffe_messages().SolverParameter(**PRESETS[arguments.preset].solver)
+    if arguments.solver is not None:
+        solver.Clear()
+        try:
+            text_format.Merge(files.read_text(arguments.solver), solver)
+        except text_format.ParseError as error:
+            raise ValueError("%s: not a solver (%s)" % (arguments.solver, error)) from error
+    if arguments.lr is not None:
+        solver.base_lr = arguments.lr
     return solver
+
+
+def settings(arguments: argparse.Namespace, solver: Any) -> Dict[str, Any]:
+    """Return what else a run is repeated with."""
+    dataset = named_dataset(dataset_of(arguments.train),
+                            {"path": arguments.train, "classes": arguments.classes})
+    return {"paths": {"definition": os.path.abspath(arguments.net),
+                      "train": os.path.abspath(arguments.train),
+                      "val": os.path.abspath(arguments.val)},
+            "definition_sha256": run_folder.sha256(arguments.net),
+            "solver": text_format.MessageToString(solver),
+            "train_images": len(dataset.labels), "classes": arguments.classes,
+            "batch_size": arguments.batch_size, "zero_last": arguments.zero_last,
+            "mean": list(arguments.mean), "validate_every": arguments.validate_every}
+
+
+def test(arguments: argparse.Namespace) -> None:
+    """Write the loss and error of the trained net on the images of --test."""
+    tested = scores(arguments, arguments.test)
+    net = build_net(nets.validation_definition(tested.net))
+    load_weights(net, os.path.join(arguments.folder, "final.caffemodel"))
+    found = tested.measure(net)
+    tested.close()
+    results.write_json(os.path.join(arguments.folder, "result.json"), {
+        "test_loss": found["loss"], "test_error": found["error"],
+        **results.provenance(arguments.seed)})
+    logging.info("test error %.4f", found["error"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -164,63 +185,54 @@ def solver_parameters(arguments: argparse.Namespace) -> Any:
 # ---------------------------------------------------------------------------------------------
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Train; return the exit status: 2 after an error, 130 and 143 after a signal."""
+    """Train; return the exit status: 2 after an error, 130 or 143 after a signal."""
     return processes.command_line(_run, parse(argv), "train_imagenet.py")
 
 
-def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Return what a command line asks for, completed by its preset."""
-    arguments = _parser().parse_args(argv)
-    preset = PRESETS[arguments.preset]
-    for name, value in (("lr", preset.learning_rate), ("iterations", preset.iterations),
-                        ("batch_size", preset.batch_size),
-                        ("validate_every", preset.validate_every)):
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
-    return arguments
-
-
 def _run(arguments: argparse.Namespace) -> int:
-    gpus = arguments.gpu or []
-    for gpu in gpus:
-        choose_device(False, gpu)
-    if not gpus:
-        chosen = choose_device(arguments.cpu, None)
-        gpus = [] if chosen is None else [chosen]
-    return processes.in_child(run_training, arguments, gpus)
+    _complete(arguments)
+    gpu = choose_device(arguments.cpu, arguments.gpu)
+    return int(processes.in_child(run_training, arguments, gpu))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Return what a command line asks for."""
     parser = processes.Parser(prog="train_imagenet.py",
-                            description=__doc__.splitlines()[0])
+                              description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    training_options.add_run(parser, "curves.csv, log.csv, run.json, snapshots and "
-                                     "final.caffemodel")
-    add("--train", required=True, metavar="LMDB", help="database of data/make_lmdb.py")
-    add("--val", required=True, metavar="LMDB", help="another one, to measure on")
-    add("--classes", type=count, default=1000, metavar="N", help="default %(default)d")
-    add("--preset", choices=sorted(PRESETS), default="caffenet",
-        help="the paper's solver for this net (default %(default)s)")
-    add("--zero-last", action="store_true",
-        help="let the classification layers start at 0, as the paper does for its own "
-             "initialisations")
-    add("--iterations", type=count, metavar="N", help="default: the preset's")
-    add("--batch-size", type=count, metavar="N", help="images an iteration, of all GPUs together "
-                                                      "(default: the preset's)")
-    add("--lr", type=positive, metavar="RATE", help="initial learning rate (default: the preset's)")
+    options.add_run(parser, "curves.csv, log.csv, run.json, snapshots and final.caffemodel")
+    add("--train", required=True, metavar="IMAGES", help="LMDB of data/make_lmdb.py, or an .npz "
+        "file with images (uint8, n x height x width x 3, BGR) and labels")
+    add("--val", required=True, metavar="IMAGES", help="images to measure on while training")
+    add("--test", metavar="IMAGES", help="images to measure the trained net on")
+    add("--classes", type=count, default=1000, metavar="N", help="default: %(default)d")
+    solver = parser.add_mutually_exclusive_group()
+    solver.add_argument("--preset", choices=sorted(PRESETS), default="caffenet",
+                        help="solver of the paper for this net (default: %(default)s)")
+    solver.add_argument("--solver", metavar="FILE.prototxt", help="another solver")
+    add("--zero-last", action="store_true", help="let the classification layers start at 0, as "
+        "the paper does for its own initializations")
+    add("--iterations", type=count, metavar="N", help="default: max_iter of the solver")
+    add("--batch-size", type=count, metavar="N", help="images (default: that of the preset)")
+    add("--lr", type=positive, metavar="RATE",
+        help="initial learning rate (default: that of the solver)")
     add("--mean", type=float, nargs="+", default=list(MEAN), metavar="VALUE",
-        help="to subtract, blue green red (default: 104 117 123)")
+        help="values to subtract from blue, green and red (default: 104 117 123)")
     add("--validate-every", type=count, metavar="N",
-        help="iterations between two rows of curves.csv (default: the preset's)")
-    training_options.add_snapshots(parser, 10000)
-    training_options.add_seed(parser)
+        help="iterations between two rows of curves.csv (default: that of the preset)")
+    options.add_snapshots(parser, 10000)
+    options.add_seed(parser)
     argument_types.add_workers(parser)
-    device = parser.add_mutually_exclusive_group()
-    device.add_argument("--cpu", action="store_true", help="compute on the CPU")
-    device.add_argument("--gpu", type=natural, nargs="+", metavar="ID",
-                        help="compute on these GPUs; several need a Caffe with NCCL (default: "
-                             "GPU 0 where this Caffe can, else the CPU)")
-    return parser
+    argument_types.add_device(parser)
+    return parser.parse_args(argv)
+
+
+def _complete(arguments: argparse.Namespace) -> None:
+    """Set what a command line leaves to the preset or solver."""
+    preset = PRESETS[arguments.preset]
+    arguments.batch_size = arguments.batch_size or preset.batch_size
+    arguments.validate_every = arguments.validate_every or preset.validate_every
+    arguments.iterations = arguments.iterations or solver_of(arguments).max_iter
 
 
 if __name__ == "__main__":

@@ -88,6 +88,9 @@ def definitions() -> Dict[str, str]:
         "caffenet_cifar_half/deploy.prototxt": definition(
             "CaffeNet_CIFAR_half", ABOUT_CIFAR_HALF,
             deploy(caffenet(CAFFENET_CIFAR_HALF), side=32)),
+        "caffenet_cifar_half_bn/deploy.prototxt": definition(
+            "CaffeNet_CIFAR_half_BN", ABOUT_CIFAR_HALF_BN,
+            deploy(caffenet(CAFFENET_CIFAR_HALF, normalise=True), side=32)),
         "googlenet/deploy.prototxt": definition(
             "GoogleNet", ABOUT_GOOGLENET, deploy(googlenet(), side=224)),
         "googlenet/train_val.prototxt": definition(
@@ -218,6 +221,10 @@ ABOUT_CIFAR_HALF = """\
 caffenet_cifar with half as many channels in its convolutions, for studies of many short trainings.
 Fillers have caffenet_cifar's standard deviation times the root of its fan-in over this one's, so
 that activations spread alike.  109,642 parameters.
+"""
+ABOUT_CIFAR_HALF_BN = """\
+caffenet_cifar_half with batch normalization after every affine layer but the last (paper, table 1).
+110,442 parameters.
 """
 CAFFENET_CIFAR_HALF = [
     # name, outputs, kernel, stride, pad, group, std, bias

@@ -1,9 +1,6 @@
-"""Caffe's layers and their text: what a careful hand would write, in Caffe's own order.
+"""Describe Caffe's layers, and write them as text in Caffe's own order.
 
-A layer is a dictionary of its fields; `definition` writes a list of them as a network definition.
-
-    PYTHONPATH=models python -c "import layer_text as t; \\
-        print(t.definition('', '', [t.relu('r', 'x')]))"
+A layer is a dictionary of its fields; `definition` writes a list of layers as a network definition.
 """
 from typing import Any, Dict, Iterator, List, Optional, Union
 

@@ -21,11 +21,11 @@ LISTINGS = ("ImageSets/Main/trainval.txt, test.txt ",)
 
 
 def documents() -> List[str]:
-    """Every file of the repository that may show commands, but for the tests."""
+    """Every file of the repository that may show commands: not tests, and no package."""
     found = []
     for folder, folders, names in os.walk(ROOT):
         folders[:] = [name for name in folders if not name.startswith(".")
-                      and name not in ("build", "datasets", "tests", "__pycache__")]
+                      and name not in ("build", "datasets", "ddinit", "tests", "__pycache__")]
         found += [os.path.relpath(os.path.join(folder, name), ROOT) for name in names
                   if name.endswith((".md", ".py", "Snakefile", "Dockerfile", "config.yaml"))]
     return sorted(found)

@@ -24,7 +24,7 @@ from shown_commands import ROOT, documents, shown
 
 import magic_init
 from ddinit import processes
-from voc import Voc
+from voc.folders import Voc
 
 # What makes commands short, by how they begin.
 SHORTER = {
@@ -36,9 +36,8 @@ SHORTER = {
     "data/make_tiny.py": "",
     "data/make_voc_lmdb.py": "",
     "data/photographs.py": "--count 2",
-    "experiments/bench_training.py":
-        "--net models/caffenet/deploy.prototxt --iterations 1 --batch-size 2 --cpu",
-    "experiments/choose_rate.py": "",
+    "experiments/bench_loading.py":
+        "--net models/caffenet/deploy.prototxt --iterations 1 --workers 1",
     "experiments/classify_voc.py train": "--iterations 2 --batch-size 2 --workers 0 --cpu",
     "experiments/classify_voc.py test": "--crops 2 --workers 0 --cpu",
     "experiments/detect_voc.py train":
@@ -46,44 +45,39 @@ SHORTER = {
         " --cpu",
     "experiments/detect_voc.py test":
         "--scales 120 --max-size 200 --search-side 80 --processes 1 --workers 0 --limit 6 --cpu",
-    "experiments/detection_net.py": "",
     "experiments/figure1.py": "--images 4 --cpu",
     "experiments/figure3.py": "",
     "experiments/figure4.py": "",
-    "experiments/hold_back.py": "",
     "experiments/initialise.py": "--images 8 --cpu",
-    "experiments/nearest_neighbours.py --help": "",
     "experiments/nearest_neighbours.py": "--workers 0 --cpu",
     "experiments/proposals.py": "--search-side 80 --processes 1",
-    "experiments/sample_images.py --voc": "--count 8",
-    "experiments/sample_images.py --list": "--count 3 10",
     "experiments/study.py": "--config study.yaml --jobs 1",
-    "experiments/tables.py": "",
-    "experiments/train_imagenet.py --help": "",
     "experiments/train_imagenet.py":
         "--classes 3 --iterations 2 --batch-size 2 --validate-every 1 --workers 0 --cpu",
-    "experiments/trial.py train": "--iterations 2 --batch-size 2 --workers 0 --cpu",
-    "experiments/trial.py test": "--crops 2 --workers 0 --cpu",
+    "experiments/workflow.py sample --voc": "--count 8",
+    "experiments/workflow.py sample --list": "--count 3 10",
+    "experiments/workflow.py hold-back": "",
+    "experiments/workflow.py train": "--iterations 2 --batch-size 2 --workers 0 --cpu",
+    "experiments/workflow.py test": "--crops 2 --workers 0 --cpu",
+    "experiments/workflow.py choose-rate": "",
+    "experiments/workflow.py tables": "",
     "models/generate.py": "--to build/models",
-    "rate_figure.py": "",
-    "voc.py": "",
 }
 # Scripts that are not run here, and why.
 READ_ONLY = {
     "data/fetch.py": "downloads gigabytes",
     "experiments/bench.py": "initialises three nets of full size",
-    "experiments/bench_detection.py": "trains CaffeNet at full size; test_bench_detection.py runs "
-                                      "it in small",
-    "experiments/detection_demo.py": "searches all images for objects; test_detection_demo.py "
-                                     "runs it on some that were searched",
-    "experiments/small_curves.py": "trains nine nets; test_curves.py runs it",
+    "experiments/study_curves.py": "trains nine nets; test_study_curves.py runs it in small",
+    "experiments/study_detection.py": "trains six nets; test_study_detection.py runs it in small",
 }
 # What a module's commands find besides what the experiments' README leaves.
 BEFORE = {
-    "experiments/detection.py": "cp -r build/detect build/detection",
     "experiments/figure3.py": "cp -r build/reference build/gaussian"
                               " && cp -r build/kmeans build/kmeans_nolrn",
     "experiments/figure4.py": "cp -r build/kmeans build/single",
+    "experiments/study.py": "mkdir build/others && cp"
+                            " build/study/start/caffenet/*/seed0/start.caffemodel"
+                            " build/others/seed0.caffemodel",
     "experiments/train_imagenet.py": "rm -r build/kmeans",
 }
 
@@ -217,13 +211,15 @@ def _write_small_images(folder):
         "%s_%s" % (split, what): value for split, count in (("train", 60), ("test", 20))
         for what, value in (("images", rng.integers(0, 256, (count, 32, 32, 3), np.uint8)),
                             ("labels", np.arange(count, dtype=np.uint8) % 10))})
+    shutil.copy(str(folder / "cifar10_mini.npz"), str(folder / "cifar10_5k.npz"))
     with open(os.path.join(ROOT, "experiments", "study.yaml")) as file:
         config = yaml.safe_load(file)
     row = "Ours, Gaussian"
-    config.update(net=os.path.join(ROOT, "models", "caffenet_cifar_half", "deploy.prototxt"),
-                  validation_images=10, initialisation_images=8, iterations=2, batch_size=4,
-                  measure_every=1, learning_rates=[0.001], seeds=[0],
-                  initialisations={row: config["initialisations"][row]})
+    config.update(nets={"caffenet": os.path.join(ROOT, "models", "caffenet_cifar_half",
+                                                 "deploy.prototxt")},
+                  validation_images=10, initialization_images=8, epochs=1, batch_size=25,
+                  validations=1, learning_rates={"SGD": [0.001], "Adam": [0.001]}, widen=0,
+                  seeds=[0], rows={row: config["rows"][row]})
     (folder / "study.yaml").write_text(yaml.safe_dump(config))
 
 
@@ -308,10 +304,13 @@ def test_every_command_is_one_that_is_run_or_read(path):
             shortening(command)  # KeyError with the command where it is new
 
 
-def test_every_module_shows_a_command():
-    assert {"magic_init.py", "experiments/training.py", "data/fetch.py"} <= set(MODULES)
-    assert [path for path in MODULES if not COMMANDS[path]] == []
-    assert [path for path in MARKDOWN if not COMMANDS[path]] == []
+def test_every_script_shows_how_it_is_run():
+    scripts = [path for path in MODULES if path.startswith(("experiments/", "data/"))
+               and path.count("/") == 1]
+    assert {"experiments/study.py", "data/fetch.py"} <= set(scripts)
+    for path in scripts:
+        if path not in ("data/image_database.py", "data/download.py"):
+            assert any(words(command)[1] == path for command in COMMANDS[path]), path
 
 
 def test_no_shortening_is_left_of_commands_that_are_gone():
@@ -350,11 +349,16 @@ def _read_make(found, _):
 
 
 def _read_pip(found, _):
-    """Installing would change this environment: what is asked for is what setup.py offers."""
+    """Installing would change this environment: setup.py and the Makefile offer what is named."""
+    with open(os.path.join(ROOT, "setup.py"), encoding="utf-8") as file:
+        setup = file.read()
+    if found[-1].startswith("opencv"):  # one wheel of OpenCV in place of the other
+        with open(os.path.join(ROOT, "Makefile"), encoding="utf-8") as file:
+            assert found[0] in ("install", "uninstall") and found[-1] in setup + file.read()
+        return
     assert found[0] == "install"
     extras = re.fullmatch(r"\.(?:\[([a-z,]+)\])?", found[1]).group(1)
-    with open(os.path.join(ROOT, "setup.py"), encoding="utf-8") as file:
-        offered = re.findall(r'^        "(\w+)": ', file.read(), re.MULTILINE)
+    offered = re.findall(r'^        "(\w+)": ', setup, re.MULTILINE)
     assert "dev" in offered
     assert set(extras.split(",") if extras else []) <= set(offered)
 

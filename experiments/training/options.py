@@ -1,0 +1,36 @@
+"""Declare the command-line options that all commands share that train or test a net."""
+import argparse
+
+from ddinit.argument_types import count, natural
+
+WRITTEN = "final.caffemodel, snapshots, log.csv, curve.png and run.json"
+
+
+def add_run(parser: argparse.ArgumentParser, written: str = WRITTEN) -> None:
+    """Add NET, WEIGHTS and OUTDIR, which receives what is `written`."""
+    add = parser.add_argument
+    add("net", metavar="NET", help="network definition, deploy or train_val")
+    add("weights", metavar="WEIGHTS", help="caffemodel to start from, or 'none' to use the fillers "
+                                           "of the definition")
+    add("folder", metavar="OUTDIR", help="folder for %s; made where it is missing" % written)
+
+
+def add_trained(parser: argparse.ArgumentParser) -> None:
+    """Add NET and WEIGHTS of a net that the same command has trained."""
+    parser.add_argument("net", metavar="NET", help="the definition that was given to train")
+    parser.add_argument("weights", metavar="WEIGHTS",
+                        help="final.caffemodel or the caffemodel of a snapshot")
+
+
+def add_snapshots(parser: argparse.ArgumentParser, every: int) -> None:
+    """Add --snapshot, by default `every` iterations, and --resume."""
+    parser.add_argument("--snapshot", type=count, default=every, metavar="N",
+                        help="iterations between snapshots (default: %(default)d)")
+    parser.add_argument("--resume", action="store_true",
+                        help="continue from the last snapshot in OUTDIR")
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Add --seed, by default 0."""
+    parser.add_argument("--seed", type=natural, default=0, metavar="N",
+                        help="random seed (default: %(default)d)")

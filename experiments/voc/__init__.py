@@ -1,0 +1,1 @@
+"""PASCAL VOC: reading its folders and databases of them, and its average precision."""
