@@ -101,7 +101,7 @@ def calibrated(session: Session, arguments: argparse.Namespace, done: Sequence[I
         loaded = any(one.weights == "loaded" for one in done)
         return calibrate_session(session, rng, loaded, options)
     statistics: Dict[str, Statistics] = {}
-    rates = measure(session.working, session.batches, session.rate_batches(), rng,
+    rates = measure(session.working, session.batches, range(session.count), rng,
                     literal=arguments.literal, statistics=statistics)
     return Calibration(rates, rates, statistics)
 
