@@ -387,7 +387,7 @@ def test_the_program_itself_initialises_caffenet_tiny_from_photographs(tmp_path)
         cv2.resize(cv2.imread(str(path)), (99, 99)).astype(np.float64).transpose(2, 0, 1)
         - np.reshape([104, 117, 123], (3, 1, 1)) for path in sorted(photographs.iterdir())])
     with open(os.path.join(ROOT, "models/caffenet_tiny/deploy.prototxt")) as file:
-        assert spread_on(file.read(), str(tmp_path / "tiny.caffemodel"), images, 10) < 1.2
+        assert spread_on(file.read(), str(tmp_path / "tiny.caffemodel"), images, 10) < 1.35
 
 
 def test_normalization_by_hand():
