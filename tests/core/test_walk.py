@@ -1,12 +1,16 @@
 """The walk leaves in every blob what a plain forward pass would, and keeps no blob too long."""
+import ctypes
 import os
 import tempfile
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 from toy_nets import SIZE, image_input, layer, random_graph, working_net
 
+from ddinit import net
 from ddinit.net import affine_view, choose_device
+from ddinit.prototxt import import_caffe
 from ddinit.walk import BlobStore, Statistics, segments, walk
 
 AFFINE = ("Convolution", "InnerProduct", "Scale", "Deconvolution")
@@ -363,3 +367,40 @@ def test_a_gpu_that_is_not_there_is_one_line_and_the_cpu_needs_no_probe():
     with pytest.raises(ValueError, match="^GPU 97 cannot be used: ") as error:
         choose_device(False, 97)
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------
+# Threads
+# ---------------------------------------------------------------------------------------------
+
+def threads():
+    """How many threads the BLAS of Caffe's own library and all others take."""
+    caffes = ctypes.CDLL(import_caffe()._caffe.__file__)
+    own = [caffes.openblas_get_num_threads()] if hasattr(caffes, "openblas_get_num_threads") else []
+    return own + [one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"]
+
+
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_small_nets_compute_on_one_thread_and_the_number_is_given_back(error):
+    working = working_net(CHAIN)
+    before = threads()
+    assert before
+    try:
+        with net.blas_threads(working):
+            assert set(threads()) == {1}
+            if error:
+                raise error
+    except KeyError:
+        assert error
+    assert threads() == before
+
+
+def test_large_nets_take_what_threads_there_are(monkeypatch):
+    monkeypatch.setattr(net, "SMALL_LAYER", 8 * 8 * 4 * 4 * 9)  # the products of CHAIN's layer b
+    working = working_net(CHAIN)
+    before = threads()
+    with net.blas_threads(working):
+        assert threads() == before
+    monkeypatch.setattr(net, "SMALL_LAYER", 8 * 8 * 4 * 4 * 9 + 1)
+    with net.blas_threads(working):
+        assert set(threads()) == {1}
