@@ -25,11 +25,10 @@ from ddinit import argument_types, caffemodel, files, images, net, page, process
 from ddinit.api import calibrate, change_rates, initialize
 from ddinit.argument_types import count, finite, fraction, natural, positive
 from ddinit.change_rates import measure
-from ddinit.prototxt import import_caffe, read_definition
+from ddinit.prototxt import import_caffe
 from ddinit.report import LayerRecord, Result
 from ddinit.scales import ScaleGraph
 from ddinit.session import (
-    APART,
     MEAN,
     TOLERANCE,
     Calibration,
@@ -61,9 +60,9 @@ def work(arguments: argparse.Namespace, output: Optional[str]) -> Result:
     net.use_device(arguments.device)
     import_caffe().set_random_seed(arguments.seed)
     rng = np.random.default_rng(arguments.seed)
-    session = open_session(read_definition(arguments.prototxt), arguments.data or None,
-                           arguments.batch_size, arguments.batches, rng,
-                           Feed(arguments.mean, arguments.scale), arguments.size)
+    session = open_session(arguments.prototxt, arguments.data or None, arguments.batch_size,
+                           arguments.batches, rng, Feed(arguments.mean, arguments.scale),
+                           arguments.size)
     fresh = set(session.working.net.params)
     if arguments.load:
         left = caffemodel.load_weights(session.working.net, arguments.load)
@@ -81,11 +80,10 @@ def work(arguments: argparse.Namespace, output: Optional[str]) -> Result:
         session.working.net.save(output)
     clock.lap("saved")
     layers = records(session, done, found.statistics)
-    notes = warn(session, found, fresh, arguments.calibrate)
     return Result(layers,
                   found.before.by_layer(), found.after.by_layer(),
                   found.before.variation(), found.after.variation(),
-                  session.count * session.batches.size, notes, list(found.changes),
+                  session.count * session.batches.size, notes(session, fresh), list(found.changes),
                   None if found.definition is None else text_format.MessageToString(
                       found.definition), found.difference, clock.seconds,
                   page.filters_png(session.working),
@@ -155,26 +153,13 @@ def records(session: Session, done: Sequence[Initialized],
     return made
 
 
-def warn(session: Session, found: Calibration, fresh: Any, calibrated: bool) -> List[str]:
-    """Warn of layers that the method cannot help; return notes on those that it leaves alone."""
+def notes(session: Session, fresh: Any) -> List[str]:
+    """Return a line on everything in a net that the method leaves alone."""
     working = session.working
-    rates = found.after.by_layer()
-    idle = [name for name, rate in rates.items() if rate == 0]
-    if idle:
-        log.warning("the weights of %s get no gradient: rates of 0 do not count",
-                    ", ".join("layer '%s'" % name for name in idle))
-    live = {name: rate for name, rate in rates.items() if rate > 0}
-    if calibrated and live:
-        middle = float(np.exp(np.mean(np.log(list(live.values())))))
-        far = {name: rate / middle for name, rate in live.items()
-               if abs(np.log(rate / middle)) > np.log(APART) / 2}
-        if max(live.values()) / min(live.values()) > APART:
-            log.warning("the net holds rates apart: %s", ", ".join(
-                "layer '%s' has %.2g times the mean rate" % pair for pair in far.items()))
-    notes = ["layer '%s' (%s) keeps the values of its own filler" % (layer.name, layer.type)
+    lines = ["layer '%s' (%s) keeps the values of its own filler" % (layer.name, layer.type)
              for layer in working.layers if layer.name in fresh and len(layer.blobs)
              and layer.type not in STOPS]
-    return notes + ["layer type %s is not in the table of scales: its blobs keep theirs" % kind
+    return lines + ["layer type %s is not in the table of scales: its blobs keep theirs" % kind
                     for kind in sorted(set(ScaleGraph(working).unknown_types))]
 
 
@@ -191,7 +176,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error("unrecognized arguments: %s" % " ".join(rest[:3] + ["..."] * (len(rest) > 3)))
     arguments.data = None if arguments.data is None else [arguments.data, *rest]
     arguments.argv = given
-    processes.log_to_stderr(arguments.quiet)
+    processes.log_to_stderr(logging.WARNING if arguments.quiet else logging.INFO)
     return processes.command_line(run, arguments, parser.prog)
 
 
@@ -269,8 +254,8 @@ def _parser() -> argparse.ArgumentParser:
         "subtracted (default: 1)")
     add("--mean", type=_mean, metavar="MEAN", default=MEAN, help="what to subtract: B G R, "
         "one number, or a mean image as .npy or .binaryproto (default: 104 117 123)")
-    add("--size", type=count, nargs=2, metavar=("HEIGHT", "WIDTH"), help="size of the images where "
-        "the definition does not tell it")
+    add("--size", type=count, nargs=2, metavar=("HEIGHT", "WIDTH"), help="size of the images "
+        "in place of what the net's own data layer would give")
     add("-bs", "--batch-size", type=count, default=BATCH_SIZE,
         help="images a batch (default: %(default)d)")
     add("-nit", "--batches", type=count, default=10, help="batches to use (default: 10)")

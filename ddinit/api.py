@@ -4,14 +4,14 @@ Caffe computes on whatever `caffe.set_mode_gpu()` or `caffe.set_mode_cpu()` has 
 done on a copy of the net without losses and dropout, built from the same prototxt; its weights are
 copied in and out.
 """
-from typing import Any, Dict, Optional, Sequence, Set, Tuple
+import zlib
+from typing import Any, Dict, Iterable, Optional, Sequence, Set, Tuple
 
 import numpy as np
 from google.protobuf import text_format
 
 from ddinit.change_rates import measure
 from ddinit.net import blas_threads, copy_weights
-from ddinit.prototxt import read_definition
 from ddinit.session import (
     MEAN,
     TOLERANCE,
@@ -25,7 +25,8 @@ from ddinit.session import (
 from ddinit.weights import KINDS
 from ddinit.within import Plan, initialize_layers
 
-# An attribute of a caffe.Net: the layers that `initialize` has set, which have no function to keep.
+# An attribute of a caffe.Net: checksums of the layers that `initialize` has set and that have no
+# function to keep, as long as their weights stay what they are.
 FRESH = "initialized_layers"
 
 
@@ -62,8 +63,9 @@ def initialize(net: Any, prototxt: str, images: Optional[Images] = None, kind: s
     with blas_threads(session.working):
         initialize_layers(session.working, session.batches, session.count,
                           Plan(fresh, kind, within, beta), rng, mem_limit * 1e6, lambda: None)
+    before = fresh_layers(net)
     copy_weights(session.working.net, net)
-    setattr(net, FRESH, fresh | getattr(net, FRESH, set()))
+    remember(net, fresh | before)
 
 
 def calibrate(net: Any, prototxt: str, images: Optional[Images] = None, batches: int = 10,
@@ -95,8 +97,8 @@ def calibrate(net: Any, prototxt: str, images: Optional[Images] = None, batches:
         raise ValueError("alpha is above 0 to 1, iterations at least 1, output_std above 0: not "
                          "%r, %r, %r" % (alpha, iterations, output_std))
     session, rng = _opened(net, prototxt, images, batches, seed, Feed(mean, scale))
+    fresh = fresh_layers(net)
     if keep_function is None:
-        fresh: Set[str] = getattr(net, FRESH, set())
         keep_function = not fresh.issuperset(layer.name for layer in session.working.affine)
     with blas_threads(session.working):
         done = calibrate_session(session, rng, keep_function,
@@ -105,6 +107,7 @@ def calibrate(net: Any, prototxt: str, images: Optional[Images] = None, batches:
         raise ValueError("the rescaled net's outputs differ by %.2g of their standard deviation "
                          "(more than %g): the net stays as it was" % (done.difference, TOLERANCE))
     copy_weights(session.working.net, net)
+    remember(net, fresh)
     return None if done.definition is None else text_format.MessageToString(done.definition)
 
 
@@ -123,12 +126,27 @@ def change_rates(net: Any, prototxt: str, images: Optional[Images] = None, batch
                        literal=literal).by_layer()
 
 
+def remember(net: Any, names: Iterable[str]) -> None:
+    """Note that the weights of some layers are fresh: no training has given them a function."""
+    setattr(net, FRESH, {name: _checksum(net, name) for name in names})
+
+
+def fresh_layers(net: Any) -> Set[str]:
+    """Return the layers whose weights are still what `initialize` or `calibrate` has set."""
+    return {name for name, checksum in getattr(net, FRESH, {}).items()
+            if checksum == _checksum(net, name)}
+
+
+def _checksum(net: Any, name: str) -> int:
+    return zlib.crc32(np.ascontiguousarray(net.params[name][0].data).view(np.uint8).data)
+
+
 def _opened(net: Any, prototxt: str, images: Optional[Images], batches: int, seed: int,
             feed: Feed) -> Tuple[Session, np.random.Generator]:
     """Return a session with the weights of a caffe.Net, and its random numbers."""
     if batches < 1:
         raise ValueError("batches is %r: at least one is needed" % (batches,))
     rng = np.random.default_rng(seed)
-    session = open_session(read_definition(prototxt), images, None, batches, rng, feed, net=net)
+    session = open_session(prototxt, images, None, batches, rng, feed, net=net)
     copy_weights(net, session.working.net)
     return session, rng

@@ -3,6 +3,7 @@ import hashlib
 import math
 import os
 import tempfile
+import warnings
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -63,10 +64,11 @@ def read_message(content: bytes, path: str) -> Any:
     Raises ValueError naming the file where they are cut short or something else.
     """
     try:
-        stored = caffe_messages().NetParameter.FromString(content)
+        with warnings.catch_warnings(record=True) as told:  # of what is no field
+            stored = caffe_messages().NetParameter.FromString(content)
     except DecodeError as error:
         raise ValueError("%s: cut short or not a caffemodel" % path) from error
-    if not stored.layer and not stored.layers:
+    if told or not (stored.layer or stored.layers):
         raise ValueError("%s: not a caffemodel (no layers in it)" % path)
     return stored
 

@@ -122,6 +122,9 @@ def mean_for(mean: Union[str, float, Sequence[float], np.ndarray],
         np.asarray(mean, np.float32))
     if values.ndim == 1:
         values = values.reshape(-1, 1, 1)
+    if values.ndim != 3:
+        raise ValueError("the mean has the shape %s: it is a number, a colour or a mean image "
+                         "(channels, height, width)" % list(values.shape))
     if values.shape[1:] != (1, 1):
         values = np.stack([cv2.resize(channel, (shape[2], shape[1])) for channel in values])
     if shape[0] == 1 and len(values) == 3:

@@ -7,7 +7,6 @@ exit status (`command_line`).
 import argparse
 import contextlib
 import ctypes
-import faulthandler
 import logging
 import multiprocessing
 import os
@@ -49,11 +48,13 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     decides what to do.  What Caffe prints on file descriptor 2 is kept from the terminal.
     Raises what the child raised, or ChildDied (a ValueError) where it aborted or was killed.
     """
-    context: Any = multiprocessing.get_context(_start_method())
+    context: Any = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
+    root = logging.getLogger()
+    level = root.level if root.handlers else None
     with tempfile.NamedTemporaryFile(prefix="caffe.", suffix=".log") as log:
         child = context.Process(target=_child_main,
-                                args=(sender, log.name, function, arguments))
+                                args=(sender, log.name, level, function, arguments))
         with _PassedOn() as signals:
             signals.start(child)
             sender.close()
@@ -94,9 +95,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, "%s: error: %s (see --help)\n" % (self.prog, message))
 
 
-def log_to_stderr(quiet: bool = False) -> None:
-    """Send log messages to stderr as plain lines; with `quiet` only warnings."""
-    level = logging.WARNING if quiet else logging.INFO
+def log_to_stderr(level: int = logging.INFO) -> None:
+    """Send log messages of a level and above to stderr as plain lines."""
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
 
 
@@ -124,18 +124,13 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def _start_method() -> str:
-    """Return how to start a child: forking spares its imports, and threads can deadlock it."""
-    if "caffe" in sys.modules or not sys.platform.startswith("linux"):
-        return "spawn"
-    return "fork" if len(os.listdir("/proc/self/task")) == 1 else "spawn"
-
-
-def _child_main(sender: Any, log: str, function: Callable[..., Any], arguments: tuple) -> None:
+def _child_main(sender: Any, log: str, level: Optional[int], function: Callable[..., Any],
+                arguments: tuple) -> None:
     die_with_parent()
     os.setpgid(0, 0)  # so that Ctrl-C reaches the parent alone, which passes it on once
     _keep_from_terminal(log)
-    faulthandler.disable()  # a forked child has its parent's; an abort is told in one line
+    if level is not None:
+        log_to_stderr(level)
     answer: Tuple[Any, Optional[BaseException], str]
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -153,13 +148,10 @@ def _child_main(sender: Any, log: str, function: Callable[..., Any], arguments: 
 
 def _keep_from_terminal(log: str) -> None:
     """Send file descriptor 2, where libraries write, to a file; sys.stderr stays the terminal."""
-    before, terminal = sys.stderr, os.dup(2)
+    terminal = os.dup(2)
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 2)
     sys.stderr = os.fdopen(terminal, "w", buffering=1)
-    for handler in logging.getLogger().handlers:  # a forked child has its parent's
-        if isinstance(handler, logging.StreamHandler) and handler.stream is before:
-            handler.setStream(sys.stderr)
 
 
 def pickled(answer: tuple) -> bytes:

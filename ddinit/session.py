@@ -25,6 +25,7 @@ from ddinit.prototxt import (
     fixed_batch,
     image_layers,
     is_source,
+    read_definition,
     working_definition,
 )
 from ddinit.rewrite import rewritten, worst_difference
@@ -65,8 +66,6 @@ class Session:
         self._fed = fed
         self._size = size
         self.working = self.build(definition)
-        if not self.working.affine:
-            raise ValueError("no layer of the net has weights to initialize")
 
     def build(self, definition: Any) -> WorkingNet:
         """Return the net to measure on of a definition with the same inputs."""
@@ -89,24 +88,35 @@ class Session:
                        statistics=statistics)
 
 
-def open_session(definition: Any, images: Optional[Images], batch_size: Optional[int],
+def open_session(prototxt: str, images: Optional[Images], batch_size: Optional[int],
                  batches: int, rng: np.random.Generator, feed: Feed,
                  size: Optional[Sequence[int]] = None, net: Any = None) -> Session:
-    """Return a session on a definition, whose weights are not set yet.
+    """Return a session on a net, whose weights are not set yet.
 
     Parameters
     ----------
+    prototxt : path of its definition
     images : files (see `find_images`) or an array (n, channels, height, width) of what the net
         sees; None where its own data layers feed it
     batch_size : images a batch; None for the net's own, 16 for the command's usual
     batches : how many batches to use
-    size : (height, width) of images where neither the definition nor `net` tells it
+    size : (height, width) of the images in place of what a data layer would give
     net : the user's caffe.Net, whose input has the shape and whose data layers are read
 
     Raises ValueError naming layer and shapes where these do not fit.
     """
-    if images is None:
-        return _open_self_fed(definition, batches, net)
+    definition = read_definition(prototxt)
+    session = (_open_self_fed(definition, batches, net) if images is None else
+               _open_fed(definition, images, batch_size, batches, rng, feed, size, net))
+    if not session.working.affine:
+        raise ValueError("%s: no layer of the net has weights to initialize" % prototxt)
+    return session
+
+
+def _open_fed(definition: Any, images: Images, batch_size: Optional[int], batches: int,
+              rng: np.random.Generator, feed: Feed, size: Optional[Sequence[int]],
+              net: Any) -> Session:
+    """Return a session on images that replace the net's own data layers."""
     shapes = _source_shapes(net) if net is not None else {}
     size = next((shape[2:] for shape in shapes.values() if len(shape) == 4), size)
     layers, image = image_layers(definition, batch_size or 0, size)
@@ -205,28 +215,52 @@ def calibrate_session(session: Session, rng: np.random.Generator, keep_function:
     """Make all layers train at one rate; `keep_function` of a net with loaded weights, exactly.
 
     A net from scratch keeps its definition, unless layers hold its rates apart so that it needs
-    auxiliary Power layers.
+    auxiliary Power layers.  Warns of rates that are apart all the same.
     """
+    if keep_function and options.output_std is not None:
+        raise ValueError("the outputs of a net whose function is kept keep their scale: "
+                         "output_std (--output-std) is for nets from scratch")
     if keep_function:
         before = measure(session.working, session.batches, session.rate_batches(), rng,
                          literal=options.literal)
         graph = ScaleGraph(session.working)
         solution = between.solve(graph, before, [one.layer.name for one in graph.affine])
-        return rescale_exactly(session, graph, solution, before, rng, options)
-    before = between.equalize(session.working, session.batches, session.count, rng, options)
+        done = rescale_exactly(session, graph, solution, before, rng, options)
+    else:
+        done = _calibrate_from_scratch(session, rng, options)
+    _warn_of_rates_apart(done.after.by_layer())
+    return done
+
+
+def _calibrate_from_scratch(session: Session, rng: np.random.Generator,
+                            options: Options) -> Calibration:
+    working = session.working
+    before = between.equalize(working, session.batches, session.count, rng, options)
     statistics: Dict[str, Statistics] = {}
     after = session.judge(rng, options.literal, statistics)
-    done = Calibration(before, after, statistics)
-    if spread(after.by_layer()) > APART and options.alpha == 1:
-        rates = measure(session.working, session.batches, session.rate_batches(), rng,
-                        len(session.working.outputs) > 1, options.literal)
-        graph, _ = between.solve_from_scratch(session.working, rates,
-                                              between.output_std(session.working))
-        solution = between.solve(graph, rates, [one.layer.name for one in graph.affine])
-        if solution.auxiliary:
-            done = rescale_exactly(session, graph, solution, before, rng, options)
-            done = done._replace(difference=None)  # a net from scratch has no function to keep
-    return done
+    if options.alpha < 1 or spread(after.by_layer()) < APART:
+        return Calibration(before, after, statistics)
+    rates = measure(working, session.batches, session.rate_batches(), rng,
+                    len(working.outputs) > 1, options.literal)
+    graph, _ = between.solve_from_scratch(working, rates, between.output_std(working))
+    solution = between.solve(graph, rates, [one.layer.name for one in graph.affine])
+    if not solution.auxiliary:
+        return Calibration(before, after, statistics)
+    done = rescale_exactly(session, graph, solution, before, rng, options)
+    return done._replace(difference=None)  # a net from scratch has no function to keep
+
+
+def _warn_of_rates_apart(rates: Dict[str, float]) -> None:
+    live = {name: rate for name, rate in rates.items() if rate > 0 and np.isfinite(rate)}
+    if spread(live) > APART:
+        middle = np.exp(np.mean(np.log(list(live.values()))))
+        log.warning("change rates are still apart on the images held back: %s", ", ".join(
+            "layer '%s' has %.2g times the mean rate" % (name, rate / middle)
+            for name, rate in live.items() if abs(np.log(rate / middle)) > np.log(APART) / 2))
+    idle = [name for name, rate in rates.items() if rate == 0]
+    if idle:
+        log.warning("the weights of %s get no gradient: rates of 0 do not count",
+                    ", ".join("layer '%s'" % name for name in idle))
 
 
 def rescale_exactly(session: Session, graph: ScaleGraph, solution: between.Solution,

@@ -211,38 +211,7 @@ def chattering():
     print("a result")
 
 
-@pytest.fixture(params=["fork", "spawn"])
-def start(request, monkeypatch):
-    """Both ways of starting a child; which is taken depends on what the parent has loaded."""
-    monkeypatch.setattr(processes, "_start_method", lambda: request.param)
-    return request.param
-
-
-def start_method(*lines):
-    """How a fresh process starts a child after some lines of Python."""
-    code = "\n".join(["from ddinit import processes", *lines, "print(processes._start_method())"])
-    return subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True,
-                          universal_newlines=True).stdout.strip()
-
-
-def test_a_parent_with_caffe_or_threads_is_not_forked():
-    """Threads of libraries count, too, which Python does not know of."""
-    assert start_method() == "fork"
-    assert start_method("import sys; sys.modules['caffe'] = None") == "spawn"
-    assert start_method("import threading, time",
-                        "threading.Thread(target=time.sleep, args=(1,)).start()") == "spawn"
-    assert start_method("import cv2, numpy; cv2.setNumThreads(4)",
-                        "cv2.GaussianBlur(numpy.zeros((999, 999)), (9, 9), 0)") == "spawn"
-
-
-@pytest.fixture
-def forked(monkeypatch):
-    """The quick way, where the other could make no difference."""
-    monkeypatch.setattr(processes, "_start_method", lambda: "fork")
-    return "fork"
-
-
-def test_child_returns_its_answer_and_is_another_process(start):
+def test_child_returns_its_answer_and_is_another_process():
     child, arguments = in_child(answer, 1, "two", {"three": [3.0]})
     assert child != os.getpid()
     assert arguments == (1, "two", {"three": [3.0]})
@@ -250,14 +219,14 @@ def test_child_returns_its_answer_and_is_another_process(start):
 
 @pytest.mark.parametrize("error", [ValueError("no images"), FileNotFoundError(2, "gone", "net"),
                                    KeyboardInterrupt(), SystemExit(3)], ids=repr)
-def test_errors_of_a_child_are_raised_here(forked, error):
+def test_errors_of_a_child_are_raised_here(error):
     with pytest.raises(type(error)) as raised:
         in_child(raising, error)
     assert raised.value.args == error.args
     assert "in raising" in str(raised.value.__cause__)  # where it happened can be found
 
 
-def test_errors_and_answers_that_cannot_be_sent_are_still_told(forked):
+def test_errors_and_answers_that_cannot_be_sent_are_still_told():
     with pytest.raises(ValueError, match="file:3 is wrong"):
         in_child(raising_stubborn)
     with pytest.raises(RuntimeError, match="lock"):
@@ -267,13 +236,13 @@ def test_errors_and_answers_that_cannot_be_sent_are_still_told(forked):
 @pytest.mark.parametrize("number, message", [
     (signal.SIGKILL, "the work was killed, most likely because memory ran out"),
     (signal.SIGSEGV, "Caffe crashed (SIGSEGV)"), (signal.SIGABRT, "Caffe crashed (SIGABRT)")])
-def test_a_killed_child_is_one_line(forked, number, message):
+def test_a_killed_child_is_one_line(number, message):
     with pytest.raises(ChildDied) as error:
         in_child(killing_itself, number)
     assert str(error.value) == message
 
 
-def test_what_a_killed_child_leaves_behind_is_not_waited_for(forked, tmp_path):
+def test_what_a_killed_child_leaves_behind_is_not_waited_for(tmp_path):
     before = time.time()
     with pytest.raises(ChildDied, match="the work was killed"):
         in_child(killed_before_its_own_child, str(tmp_path / "left"))
@@ -281,7 +250,7 @@ def test_what_a_killed_child_leaves_behind_is_not_waited_for(forked, tmp_path):
     os.kill(json.loads((tmp_path / "left").read_text()), signal.SIGKILL)
 
 
-def test_a_child_that_ends_without_a_word_is_one_line(forked):
+def test_a_child_that_ends_without_a_word_is_one_line():
     with pytest.raises(ChildDied, match="^the work ended without a result$"):
         in_child(exiting, 0)
 
@@ -296,7 +265,7 @@ def test_an_abort_is_caffes_own_check_on_one_line(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_libraries_are_silent_and_the_program_is_heard(capfd, start, monkeypatch):
+def test_libraries_are_silent_and_the_program_is_heard(capfd, monkeypatch):
     # other tests' commands leave handlers whose streams are closed by now
     monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(sys.stderr)])
     in_child(chattering)
@@ -326,16 +295,15 @@ def stopping_on_signals(path):
     return "stopped by %d" % caught[0]
 
 
-def program(start, function, path):
+def program(function, path):
     """Run a function in a child as the commands of this project do."""
-    processes._start_method = lambda: start
     return command_line(lambda arguments: print(in_child(globals()[function], arguments)), path,
                         "program")
 
 
-def started(start, function, path):
+def started(function, path):
     """Start this file as a program; return it and its child's id."""
-    process = subprocess.Popen([sys.executable, __file__, start, function, str(path)],
+    process = subprocess.Popen([sys.executable, __file__, function, str(path)],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                universal_newlines=True)
     give_up = time.time() + 60
@@ -359,8 +327,8 @@ def ends(process_id):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_interrupt_a_child_that_does_not_care(tmp_path, start, number):
-    process, child = started(start, "sleeping", tmp_path / "child")
+def test_signals_interrupt_a_child_that_does_not_care(tmp_path, number):
+    process, child = started("sleeping", tmp_path / "child")
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (128 + number, "", "program: interrupted\n")
@@ -369,21 +337,21 @@ def test_signals_interrupt_a_child_that_does_not_care(tmp_path, start, number):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_child_may_stop_on_a_signal_in_its_own_way(tmp_path, number):
-    process, child = started("fork", "stopping_on_signals", tmp_path / "child")
+    process, child = started("stopping_on_signals", tmp_path / "child")
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "stopped by %d\n" % number, "")
     assert ends(child)
 
 
-def test_the_child_dies_with_its_parent(tmp_path, start):
-    process, child = started(start, "sleeping", tmp_path / "child")
+def test_the_child_dies_with_its_parent(tmp_path):
+    process, child = started("sleeping", tmp_path / "child")
     process.kill()
     process.communicate()
     assert ends(child)
 
 
-def test_in_child_works_and_leaves_signals_alone_outside_the_main_thread(forked):
+def test_in_child_works_and_leaves_signals_alone_outside_the_main_thread():
     results = []
     thread = threading.Thread(target=lambda: results.append(in_child(answer, 5)))
     before = signal.getsignal(signal.SIGINT)
