@@ -24,7 +24,6 @@ from tqdm import tqdm
 from ddinit import argument_types, caffemodel, files, images, net, page, processes, report, results
 from ddinit.api import calibrate, change_rates, initialize
 from ddinit.argument_types import count, finite, fraction, natural, positive
-from ddinit.change_rates import measure
 from ddinit.prototxt import import_caffe
 from ddinit.report import LayerRecord, Result
 from ddinit.scales import ScaleGraph
@@ -99,8 +98,7 @@ def calibrated(session: Session, arguments: argparse.Namespace, done: Sequence[I
         loaded = any(one.weights == "loaded" for one in done)
         return calibrate_session(session, rng, loaded, options)
     statistics: Dict[str, Statistics] = {}
-    rates = measure(session.working, session.batches, range(session.count), rng,
-                    literal=arguments.literal, statistics=statistics)
+    rates = session.measured(range(session.count), rng, arguments.literal, statistics)
     return Calibration(rates, rates, statistics)
 
 
@@ -146,8 +144,6 @@ def records(session: Session, done: Sequence[Initialized],
     made = []
     for name, weights, constant in done:
         mean, variance = statistics[name].overall()
-        if not np.isfinite([mean, variance]).all():
-            raise ValueError("layer '%s': its output is not finite (NaN or infinity)" % name)
         made.append(LayerRecord(name, layers[name].type, weights, layers[name].weights.size, mean,
                                 float(np.sqrt(variance)), constant))
     return made

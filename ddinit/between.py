@@ -18,6 +18,8 @@ from ddinit.scales import Form, ScaleGraph, plus
 
 # Layers' rates within this factor need no auxiliary Power layer.
 GOAL = 1.2
+# The most that alpha m, which an LRN layer adds to k, may become for its largest input.
+LRN_LIMIT = 1e5
 # A step that changes the log scale at LRN layers by less than this has settled them.
 SETTLED = 0.3
 # How many images a step before the last is measured on, and how many batches the last one.
@@ -95,36 +97,56 @@ def solve_from_scratch(working: WorkingNet, rates: ChangeRates,
     logs = {name: float(np.log(std / now[name])) for name, std in outputs.items()
             if std > 0 and now[name] > 0}
     lrn = [layer for layer in working.layers if layer.type == "LRN"]
-    at = {layer.name: 0.0 for layer in lrn}
+    bottoms = {layer.name: layer.bottoms[0] for layer in lrn}
+    betas = {layer.name: layer.parameters.lrn_param.beta for layer in lrn}
+    energies = {layer.name: lrn_energy(layer.parameters.lrn_param,
+                                       working.blob(layer.bottoms[0]).data) for layer in lrn}
+    at = dict.fromkeys(bottoms, 0.0)
+    held: Set[str] = set()
     for _ in range(20):
-        degrees = {layer.name: lrn_degree(layer.parameters.lrn_param,
-                                          working.blob(layer.bottoms[0]).data, at[layer.name])
-                   for layer in lrn}
+        degrees = {name: lrn_degree(*energies[name], betas[name], at[name]) for name in bottoms}
         graph = ScaleGraph(working, degrees, len(working.outputs) > 1, logs)
+        for name in held:
+            graph.pin(graph.blobs[bottoms[name]], lrn_limit(energies[name][1]))
         log_scales = solve(graph, rates).log_scales
         before = at
-        at = {layer.name: value(graph.blobs[layer.bottoms[0]][0][1], log_scales) for layer in lrn}
-        if all(abs(at[name] - before[name]) < 0.01 for name in at):
+        at = {name: value(graph.blobs[bottom][0][1], log_scales)
+              for name, bottom in bottoms.items()}
+        beyond = {name for name in at if at[name] > lrn_limit(energies[name][1]) + 1e-6}
+        if beyond <= held and all(abs(at[name] - before[name]) < 0.01 for name in at):
             break
+        held |= beyond
     return graph, log_scales
 
 
-def lrn_degree(parameters: Any, bottom: np.ndarray, log_scale: float) -> float:
-    """Return d where an LRN layer's output grows by s^d in the mean when its input grows by s.
+def lrn_energy(parameters: Any, bottom: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Return |x| and e = alpha m / k of an LRN layer f(x) = x (k (1 + e))^-beta.
 
-    f(x) = x (k + alpha m)^-beta, m the mean of x^2 (n, channels, ...) over neighbouring channels or
-    positions.
+    m is the mean of x^2 (n, channels, ...) over neighbouring channels or positions.
     """
-    size = parameters.local_size
     across = parameters.norm_region == parameters.ACROSS_CHANNELS
+    size = parameters.local_size
     window = [1, size] + [1] * (bottom.ndim - 2) if across else [1, 1, size, size]
-    m = parameters.alpha * scipy.ndimage.uniform_filter(np.square(bottom), window, mode="constant")
-    log_s = log_scale if abs(log_scale) > 0.1 else 0.1
+    m = scipy.ndimage.uniform_filter(np.square(bottom), window, mode="constant")
     k = parameters.k if across else 1.0  # as Caffe has it
-    before = np.abs(bottom) * (k + m) ** -parameters.beta
-    after = np.abs(bottom) * (k + np.exp(2 * log_s) * m) ** -parameters.beta
-    total = before.sum(dtype=np.float64)
-    return 1 + float(np.log(after.sum(dtype=np.float64) / total)) / log_s if total > 0 else 1.0
+    return np.abs(bottom), parameters.alpha / k * m
+
+
+def lrn_degree(x: np.ndarray, e: np.ndarray, beta: float, log_scale: float) -> float:
+    """Return d where an LRN layer's output grows by s^d in the mean when its input grows by s."""
+    log_s = log_scale if abs(log_scale) > 0.1 else 0.1
+    before = (x * (1 + e) ** -beta).sum(dtype=np.float64)
+    after = (x * (1 + np.exp(2 * log_s) * e) ** -beta).sum(dtype=np.float64)
+    return 1 + float(np.log(after / before)) / log_s if before > 0 else 1.0
+
+
+def lrn_limit(e: np.ndarray) -> float:
+    """Return the largest log scale that an LRN layer's input may get.
+
+    Caffe keeps running sums of squares, whose rounding makes NaN where they are far above k.
+    """
+    most = float(e.max())
+    return float(np.log(LRN_LIMIT / most)) / 2 if most > 0 else 0.0
 
 
 def output_std(working: WorkingNet, wanted: Optional[float] = None) -> Dict[str, float]:

@@ -84,8 +84,20 @@ class Session:
         numbers = [self.check]
         if outputs_per_image(self.working) < FEW_OUTPUTS:
             numbers += self.rate_batches()[::-1]
-        return measure(self.working, self.batches, numbers, rng, literal=literal,
-                       statistics=statistics)
+        return self.measured(numbers, rng, literal, statistics)
+
+    def measured(self, numbers: Sequence[int], rng: np.random.Generator, literal: bool,
+                 statistics: Dict[str, Statistics]) -> ChangeRates:
+        """Return the change rates on some batches, and add what layers put out to `statistics`.
+
+        Raises ValueError naming a layer whose output is not finite.
+        """
+        rates = measure(self.working, self.batches, numbers, rng, literal=literal,
+                        statistics=statistics)
+        for name, seen in statistics.items():
+            if not np.isfinite(seen.overall()).all():
+                raise ValueError("layer '%s': its output is not finite (NaN or infinity)" % name)
+        return rates
 
 
 def open_session(prototxt: str, images: Optional[Images], batch_size: Optional[int],

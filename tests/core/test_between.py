@@ -434,7 +434,8 @@ def test_the_degree_of_response_normalization_is_caffes(region, local_size, k, l
         means.append(np.abs(working.blob("n").data).mean(dtype=np.float64))
     expected = np.log(means[1] / means[0]) / log_scale
     assert 0.1 < expected < 0.99
-    found = between.lrn_degree(parameters, bottom, log_scale)
+    x, e = between.lrn_energy(parameters, bottom)
+    found = between.lrn_degree(x, e, parameters.beta, log_scale)
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
