@@ -17,11 +17,11 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tu
 
 import numpy as np
 
-from ddinit import caffemodel, files, processes
-from ddinit.caffe_net import Layer as NetLayer
-from ddinit.caffe_net import WorkingNet, use_device
-from ddinit.prototxt import caffe_messages, read_definition, working_definition
-from ddinit.trained_weights import load_weights
+from ddinit import files, processes
+from ddinit.caffemodel import load_weights
+from ddinit.net import Layer as NetLayer
+from ddinit.net import WorkingNet, open_net, use_device
+from ddinit.prototxt import caffe_messages
 
 log = logging.getLogger("convert_weights")
 
@@ -230,7 +230,7 @@ def _readers(source: WorkingNet, maker: NetLayer, folded: List[NetLayer],
 
 def _first_layers(net: WorkingNet) -> Set[str]:
     """The layers that read the image."""
-    return {layer.name for layer in net.layers if net.image and net.image.blob in layer.bottoms}
+    return {layer.name for layer in net.layers if net.inputs[0].blob in layer.bottoms}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def colours(source: WorkingNet, target: WorkingNet, options: Options) -> Colours
     Raises ValueError where the numbers of channels have no common meaning, or a layer other than a
     convolution or fully connected one reads the image that has to be turned.
     """
-    depths = [net.image.shape[1] for net in (source, target) if net.image]
+    depths = [net.inputs[0].shape[1] for net in (source, target)]
     if depths not in ([1, 1], [3, 3], [1, 3]) and (depths[0] != depths[1] or options.mean):
         raise ValueError("the foreign net takes %d channels and the target %d" % tuple(depths))
     if options.rgb and depths != [3, 3]:
@@ -448,7 +448,7 @@ def differences(source: WorkingNet, target: WorkingNet, pairs: Sequence[Pair],
 
 def _common_size(source: WorkingNet, target: WorkingNet) -> Optional[Tuple[int, ...]]:
     """Return a height and width for both nets, or None; a net without InnerProduct takes any."""
-    sizes = [tuple(net.image.shape[2:]) for net in (source, target) if net.image]
+    sizes = [tuple(net.inputs[0].shape[2:]) for net in (source, target)]
     if sizes[0] == sizes[1]:
         return sizes[0]
     for net, size in ((target, sizes[0]), (source, sizes[1])):
@@ -459,7 +459,7 @@ def _common_size(source: WorkingNet, target: WorkingNet) -> Optional[Tuple[int, 
 
 def _determined(target: WorkingNet, filled: Set[str]) -> List[NetLayer]:
     """Return the filled layers that depend on no layer whose weights are missing."""
-    known = {target.image.blob} if target.image else set()
+    known = {target.inputs[0].blob}
     layers = []
     for layer in target.layers:
         if not layer.bottoms or layer.type == "Split":
@@ -476,10 +476,9 @@ def _determined(target: WorkingNet, filled: Set[str]) -> List[NetLayer]:
 def _tops(net: WorkingNet, images: np.ndarray,
           positions: Set[int]) -> Iterator[Tuple[int, np.ndarray]]:
     """Run a net on images; yield the first top of the layers at `positions` as they compute it."""
-    assert net.image is not None  # _net has asked for an image input
-    net.blob(net.image.blob).reshape(*images.shape)
+    net.blob(net.inputs[0].blob).reshape(*images.shape)
     net.net.reshape()
-    net.blob(net.image.blob).data[...] = images
+    net.blob(net.inputs[0].blob).data[...] = images
     for layer in net.layers:
         net.net._forward(layer.position, layer.position)
         if layer.position in positions:
@@ -492,8 +491,7 @@ def _tops(net: WorkingNet, images: np.ndarray,
 
 def _net(path: str) -> WorkingNet:
     try:
-        return WorkingNet(*working_definition(
-            read_definition(path), IMAGES))
+        return open_net(path, IMAGES)
     except ValueError as error:
         prefix = "" if str(error).startswith(path) else path + ": "
         raise ValueError(prefix + str(error)) from error
@@ -509,11 +507,15 @@ def _load(net: WorkingNet, path: str) -> None:
 
 def _write(net: WorkingNet, names: Set[str], path: str) -> None:
     """Write the weights of some layers of a net."""
-    kept = caffe_messages().NetParameter(name=net.definition.name)
-    kept.layer.extend(layer for layer in net.definition.layer
-                      if layer.name in names or layer.name not in net.net.params)
     with files.replacing(path) as temporary:
-        caffemodel.write(net.net, kept, temporary)
+        net.net.save(temporary)
+        with open(temporary, "rb") as file:
+            whole = caffe_messages().NetParameter.FromString(file.read())
+        kept = caffe_messages().NetParameter(name=whole.name)
+        kept.layer.extend(layer for layer in whole.layer
+                          if layer.name in names or not layer.blobs)
+        with open(temporary, "wb") as file:
+            file.write(kept.SerializeToString())
 
 
 def _described(pair: Pair) -> str:

@@ -1,196 +1,201 @@
-"""The caffemodel file: a protobuf NetParameter, read and written without a copy of its numbers.
-
-Protobuf's own reader and writer hold all numbers twice before Caffe has them: 465 MB more for the
-244 MB of CaffeNet.  Here arrays are views of the file's bytes, and bytes go from a net's blobs to
-the disk.  All dialects are read: `layer` of today, `layers` of V1 and what V0 put into these.
-
-    python magic_init.py models/caffenet_tiny/deploy.prototxt new.caffemodel -d 'photos/*' \\
-        --load old.caffemodel
-"""
+"""Load weights into nets, checked before Caffe, which aborts on shapes that differ."""
+import hashlib
 import math
-import mmap
 import os
-from typing import Any, Dict, Iterator, List, Tuple
+import tempfile
+import warnings
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from ddinit.files import read_text
 from ddinit.prototxt import caffe_messages
 
-# Bytes that go to the disk at once.
-PIECE = 1 << 22
-# Numbers of fields: a net's layers of today and of V1; the name and the blobs of these, and of a
-# V0 layer, which is field 1 of a V1 layer; the numbers and the shape of a blob.
-LAYER, V1_LAYER, V0_LAYER = 100, 2, 1
-NAME, BLOBS = {LAYER: 1, V1_LAYER: 4, V0_LAYER: 1}, {LAYER: 7, V1_LAYER: 6, V0_LAYER: 50}
-DATA, DOUBLE_DATA, SHAPE = 5, 8, 7
-TYPES: Dict[int, Any] = {DATA: np.dtype("<f4"), DOUBLE_DATA: np.dtype("<f8")}
-# How a field is encoded.
-VARINT, EIGHT_BYTES, BYTES, FOUR_BYTES = 0, 1, 2, 5
+HDF5_MARK = b"\x89HDF\r\n\x1a\n"
 
 
-# ---------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------
+def load_weights(net: Any, path: str, fresh: Sequence[str] = ()) -> List[str]:
+    """Copy a caffemodel into a caffe.Net by layer name; return the net's layers left as they are.
 
-def read(path: str) -> Dict[str, List[np.ndarray]]:
-    """Return the blobs of a caffemodel by layer name, as far as a layer has any.
-
-    They are views of the file, which must stay as it is while they are used.
-    Raises ValueError naming the file where it is missing, cut short or no caffemodel.
+    Protobuf files of every dialect and HDF5 files are read, under any name.  Layers in `fresh` are
+    left.  Raises ValueError naming the layer and both shapes where they differ, and where no layer
+    of the file is in the net.
     """
     try:
         with open(path, "rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                raise ValueError("%s: not a caffemodel (no layers in it)" % path)
-            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            content = file.read()
     except OSError as error:
         raise ValueError("%s: cannot read the weights (%s)" % (path, error.strerror)) from error
+    if content.startswith(HDF5_MARK):
+        return _load_hdf5(net, path, fresh)
+    stored = read_message(content, path)
+    del content
+    blobs = stored_blobs(stored)
+    loaded = [name for name in net.params if name in blobs and name not in fresh]
+    if not loaded:
+        raise ValueError(
+            "%s: none of its layers is one of the network's. The file has %s; the network has %s. "
+            "Was the model trained with another prototxt?"
+            % (path, _some(blobs), _some(net.params)))
+    fits = [_check_layer(net, name, blobs[name], path) for name in loaded]
+    if all(fits) and not set(fresh) & set(blobs):
+        net.copy_from(path)
+        return [name for name in net.params if name not in loaded]
+    kept = caffe_messages().NetParameter()  # in today's dialect, with the net's own shapes
+    for name in loaded:
+        layer = kept.layer.add(name=name)
+        for blob, own in zip(blobs[name], net.params[name]):
+            copy = layer.blobs.add()
+            copy.CopyFrom(blob)
+            for field in ("num", "channels", "height", "width", "shape"):
+                copy.ClearField(field)
+            copy.shape.dim.extend(own.shape)
+    with tempfile.NamedTemporaryFile(suffix=".caffemodel") as part:
+        part.write(kept.SerializeToString())
+        part.flush()
+        net.copy_from(part.name)
+    return [name for name in net.params if name not in loaded]
+
+
+def read_message(content: bytes, path: str) -> Any:
+    """Return the NetParameter in the bytes of a caffemodel.
+
+    Raises ValueError naming the file where they are cut short or something else.
+    """
     try:
-        layers = [_layer(value, number) for number, kind, value in _fields(content)
-                  if number in (LAYER, V1_LAYER) and kind == BYTES]
-        found = {name: [_array(blob, path, name) for blob in blobs]
-                 for name, blobs in layers if blobs}
-    except (_Malformed, DecodeError) as error:
+        with warnings.catch_warnings(record=True) as told:  # of what is no field
+            stored = caffe_messages().NetParameter.FromString(content)
+    except DecodeError as error:
         raise ValueError("%s: cut short or not a caffemodel" % path) from error
-    if not layers:
+    if told or not (stored.layer or stored.layers):
         raise ValueError("%s: not a caffemodel (no layers in it)" % path)
-    return found
+    return stored
 
 
-class _Malformed(ValueError):
-    """Bytes that are not protobuf's encoding of anything."""
+def stored_blobs(stored: Any) -> Dict[str, List[Any]]:
+    """Return the BlobProtos of a NetParameter of any dialect, by the names of layers with any."""
+    layers = [(layer.name, layer.blobs) for layer in stored.layer]
+    for old in stored.layers:
+        inner = old.layer if old.HasField("layer") else old  # what V0 put into a V1 layer
+        layers.append((inner.name, inner.blobs))
+    return {name: list(blobs) for name, blobs in layers if blobs}
 
 
-def _fields(content: memoryview) -> Iterator[Tuple[int, int, Any]]:
-    """Yield number, kind and value of each field of a message: an integer, or its bytes."""
-    position = 0
-    while position < len(content):
-        key, position = _varint_at(content, position)
-        number, kind = key >> 3, key & 7
-        if kind == VARINT:
-            value, position = _varint_at(content, position)
-            yield number, kind, value
-            continue
-        if kind == BYTES:
-            length, position = _varint_at(content, position)
-        elif kind in (EIGHT_BYTES, FOUR_BYTES):
-            length = 8 if kind == EIGHT_BYTES else 4
-        else:
-            raise _Malformed("kind %d" % kind)
-        if position + length > len(content):
-            raise _Malformed("cut short")
-        yield number, kind, content[position:position + length]
-        position += length
+def blob_shape(blob: Any) -> Tuple[int, ...]:
+    """Return the shape of a BlobProto; an old one has four lengths."""
+    if any(blob.HasField(name) for name in ("num", "channels", "height", "width")):
+        return (blob.num, blob.channels, blob.height, blob.width)
+    return tuple(blob.shape.dim)
 
 
-def _varint_at(content: memoryview, position: int) -> Tuple[int, int]:
-    """Return the integer that starts at a position, and where the next field starts."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if position == len(content):
-            raise _Malformed("cut short")
-        byte = content[position]
-        position += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, position
-    raise _Malformed("an integer of more than ten bytes")
+def check_filled(net: Any, names: Sequence[str]) -> None:
+    """Raise ValueError naming the first layer of `names` whose weights nothing sets.
+
+    Caffe would leave them 0, which no training leaves again.
+    """
+    for layer in net.layer:
+        parameters = {"Convolution": layer.convolution_param,
+                      "InnerProduct": layer.inner_product_param}.get(layer.type)
+        if parameters is not None and layer.name in names \
+                and not parameters.HasField("weight_filler"):
+            raise ValueError("layer '%s': neither the weights nor a weight_filler of the "
+                             "definition set it" % layer.name)
 
 
-def _layer(content: memoryview, dialect: int) -> Tuple[str, List[memoryview]]:
-    """Return the name of a layer and the bytes of its blobs."""
-    name, blobs = "", []
-    for number, kind, value in _fields(content):
-        if kind != BYTES:
-            continue
-        if dialect == V1_LAYER and number == V0_LAYER:
-            return _layer(value, V0_LAYER)
-        if number == NAME[dialect]:
-            name = bytes(value).decode(errors="replace")
-        elif number == BLOBS[dialect]:
-            blobs.append(value)
-    return name, blobs
+def _load_hdf5(net: Any, path: str, fresh: Sequence[str]) -> List[str]:
+    """Let Caffe read an HDF5 file; what it has not set is found by NaN."""
+    before = {name: [np.array(blob.data) for blob in blobs] for name, blobs in net.params.items()}
+    for blobs in net.params.values():
+        for blob in blobs:
+            blob.data[...] = np.nan
+    net.load_hdf5(path)
+    left = [name for name, blobs in net.params.items()
+            if name in fresh or np.isnan(blobs[0].data).all()]
+    for name in left:
+        for blob, old in zip(net.params[name], before[name]):
+            blob.data[...] = old
+    if len(left) == len(net.params):
+        raise ValueError("%s: none of its layers is one of the network's (%s)"
+                         % (path, _some(net.params)))
+    return left
 
 
-def _array(content: memoryview, path: str, layer: str) -> np.ndarray:
-    """Return a blob's numbers in its shape; an old one has four lengths."""
-    parts: List[np.ndarray] = []
-    described = b""
-    for number, kind, value in _fields(content):
-        if number in TYPES and kind != VARINT:
-            if len(value) % TYPES[number].itemsize:
-                raise _Malformed("a part of a number")
-            parts.append(np.frombuffer(value, TYPES[number]) if len(value) else np.empty(0, "<f4"))
-        elif number == SHAPE and kind == BYTES:
-            described += _field(number, bytes(value))
-        elif kind == VARINT:
-            described += _varint(number << 3) + _varint(value)
-    blob = caffe_messages().BlobProto.FromString(described)
-    legacy = any(blob.HasField(name) for name in ("num", "channels", "height", "width"))
-    shape = (blob.num, blob.channels, blob.height, blob.width) if legacy else blob.shape.dim
-    numbers = parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.float32)])
-    if math.prod(shape) != numbers.size:
-        raise ValueError("%s: layer '%s': %d numbers do not fill the shape %s"
-                         % (path, layer, numbers.size, list(shape)))
-    return numbers.reshape(shape)
+def _check_layer(net: Any, name: str, blobs: Sequence[Any], path: str) -> bool:
+    """Return whether Caffe takes a layer's blobs as they are; the shapes may differ by leading 1s.
+
+    Raises ValueError where they do not fit.
+    """
+    wanted = [tuple(blob.shape) for blob in net.params[name]]
+    shapes = [blob_shape(blob) for blob in blobs]
+    for blob, shape in zip(blobs, shapes):
+        numbers = len(blob.data) or len(blob.double_data)
+        if math.prod(shape) != numbers:
+            raise ValueError("%s: layer '%s': %d numbers do not fill the shape %s"
+                             % (path, name, numbers, list(shape)))
+    if [_plain_shape(shape) for shape in shapes] != [_plain_shape(shape) for shape in wanted]:
+        raise ValueError("%s: layer '%s' has weights of shape %s, the net wants %s" % (
+            path, name, _shapes(shapes), _shapes(wanted)))
+    return all(shape == own or len(shape) == 4 and blob.HasField("num")
+               for blob, shape, own in zip(blobs, shapes, wanted))
+
+
+def _plain_shape(shape: Sequence[int]) -> Tuple[int, ...]:
+    """Return a shape without leading ones: old files write every blob with four axes."""
+    lengths = list(shape)
+    while len(lengths) > 1 and lengths[0] == 1:
+        del lengths[0]
+    return tuple(lengths)
+
+
+def _shapes(shapes: Sequence[Sequence[int]]) -> str:
+    return " and ".join("x".join(str(length) for length in shape) or "1" for shape in shapes)
+
+
+def _some(names: Any) -> str:
+    """Return the first few of many names."""
+    listed = list(names)
+    return ", ".join(listed[:4]) + (", ..." if len(listed) > 4 else "")
 
 
 # ---------------------------------------------------------------------------------------------
-# Writing
+# A changed definition and its weights
 # ---------------------------------------------------------------------------------------------
 
-def write(net: Any, definition: Any, path: str) -> None:
-    """Write a caffe.Net built from `definition` as a caffemodel, straight from its blobs.
+MARK = "# magic_init: for weights with SHA-256 "
 
-    The file is as caffe.Net.save writes it but for the Split layers.  That makes two copies of all
-    weights in memory first and takes several times as long (CaffeNet, 244 MB: 2.0 s for 0.2 s).
+
+def mark(weights: str) -> str:
+    """Return the first line of a changed definition, which binds it to a file of weights."""
+    return MARK + sha256(weights) + "\n"
+
+
+def check_bound(prototxt: str, weights: str) -> None:
+    """Raise ValueError where a changed definition lies beside weights that it is not for.
+
+    A run that was killed between writing the two leaves such a pair.
     """
-    with open(path, "wb", buffering=0) as file:
-        _write(file, _field(1, definition.name.encode()))
-        for layer in definition.layer:
-            parts = [layer.SerializeToString()]
-            for blob in net.params.get(layer.name, ()):
-                numbers: Any = np.ascontiguousarray(blob.data).reshape(-1).view(np.uint8).data
-                shape = caffe_messages().BlobShape(dim=blob.shape).SerializeToString()
-                packed = [_prefix(DATA, len(numbers)), numbers, _field(SHAPE, shape)]
-                parts += [_prefix(BLOBS[LAYER], sum(map(len, packed)))] + packed
-            _write(file, _prefix(LAYER, sum(map(len, parts))))
-            for part in parts:
-                _write(file, part)
+    if os.path.splitext(prototxt)[0] != os.path.splitext(weights)[0]:
+        return
+    first = read_text(prototxt).partition("\n")[0]
+    if first.startswith(MARK) and first[len(MARK):].strip() != sha256(weights):
+        raise ValueError("%s was written for other weights than %s: repeat the run that wrote them"
+                         % (prototxt, weights))
 
 
-def _write(file: Any, content: Any) -> None:
-    """Write bytes, and have the disk take them PIECE by PIECE where the system can be told to.
-
-    Each piece then lies in memory where the last one lay.  New memory for a whole file is what
-    takes longest on a virtual machine: 244 MB in 0.16 s instead of 0.87 s, fsync included.
-    """
-    for start in range(0, len(content), PIECE):
-        piece = content[start:start + PIECE]
-        offset = file.tell()
-        while len(piece):
-            piece = piece[file.write(piece):]
-        if file.tell() - offset == PIECE and hasattr(os, "posix_fadvise"):
-            os.fdatasync(file.fileno())
-            os.posix_fadvise(file.fileno(), offset, PIECE, os.POSIX_FADV_DONTNEED)
+def definition_beside(weights: str) -> Optional[str]:
+    """Return the changed definition that was written with a file of weights, None without one."""
+    prototxt = os.path.splitext(weights)[0] + ".prototxt"
+    if not os.path.isfile(prototxt):
+        return None
+    first = read_text(prototxt).partition("\n")[0]
+    return prototxt if first == MARK + sha256(weights) else None
 
 
-def _field(number: int, content: bytes) -> bytes:
-    """A field of bytes in protobuf's encoding."""
-    return _prefix(number, len(content)) + content
-
-
-def _prefix(number: int, length: int) -> bytes:
-    """What precedes a field's bytes: its number with kind BYTES, and their count."""
-    return _varint(number << 3 | BYTES) + _varint(length)
-
-
-def _varint(value: int) -> bytes:
-    """An unsigned integer, seven bits a byte, lowest first; all bytes but the last have bit 7."""
-    encoded = bytearray()
-    while value > 127:
-        encoded.append(value & 127 | 128)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+def sha256(path: str) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for part in iter(lambda: file.read(1 << 20), b""):
+            digest.update(part)
+    return digest.hexdigest()

@@ -1,378 +1,210 @@
-"""Change rates (paper, equations 1 and 2) from the gradients of single images.
+"""Measure how fast each layer learns (paper, equations 1 to 4), from Caffe's own gradients.
 
-C_k, the change rate of layer k, is the root of the mean squared gradient over the mean squared
-weight, for a random linear loss eta on every output of every image.
-
-Caffe sums the weight gradients of a batch.  Its expected square is right when every image has its
-own random loss, but the products of different images' gradients make it noisy: of convolutions and
-fully connected layers we therefore compute each image's own weight gradient from the blobs, as a
-matrix product of the layer's input and the gradient at its output.  Caffe's backward pass is
-spared that work (`spare_weight_gradients`).
-
-    python magic_init.py models/caffenet_tiny/deploy.prototxt out.caffemodel -d 'photos/*' -cs
+A backward pass under a random linear loss leaves the gradient of a whole batch in each blob's diff.
+Every image has a loss of its own, so that the expected square of this sum over images is the sum of
+the images' squares.
 """
-from typing import Any, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
-import scipy.special
 
-from ddinit import blas
-from ddinit.caffe_net import Geometry, WorkingNet, affine_view, geometry, sum_of_squares, windows
-from ddinit.crew import ALONE, Crew
-from ddinit.scales import AffineScales, ScaleGraph
+from ddinit.net import Layer, WorkingNet, affine_view
+from ddinit.walk import Statistics
 
-# Random numbers eta that a measurement draws at least, and one of those that follow the first from
-# scratch: small nets take less time for it.  Rates of caffenet_tiny on its own 16 images, judged
-# with 100,000, lie within 1.163 so, within 1.130 with 2,000 a step (means of eight seeds).
-LOSSES = 2000
-LOSSES_OF_A_STEP = 500
+# Nets with fewer outputs an image are measured image by image: in a sum over a batch the products
+# of different images' gradients, which are alike, would be all that one sees.
+FEW_OUTPUTS = 50
+# Random numbers that such a measurement draws, as far as there are images.
+NUMBERS = 500
+# So are nets with fewer weights for each number in an image's blobs, for which it costs little.
+LIGHT = 2
 
 
 class ChangeRates:
-    """Squared gradients and weights of all (layer, input block) pairs of a net.
+    """Squared gradients and weights of all layers with weights of their own, by input channel.
 
-    `layer` (pairs,) tells a pair's affine layer, `size` (pairs,) counts its weights, `weights`
-    (pairs,) is their sum of squares.  `gradients` (images, outputs, pairs) are sums over a pair's
-    weights of g^2, g an image's gradient of the loss on one output; outputs have independent
-    losses, so that their squares add up.  `products` (draws, pairs), for each batch measured, are
-    sums over weights of the mean of g_n^2 g_m^2 over different images n and m.
+    Parameters
+    ----------
+    layers : names of the layers
+    gradients : for each layer (outputs, groups, inputs / group), the sum over an input channel's
+        weights of C_kij^2, equation 1, for the loss on each output of the net; outputs have
+        independent losses, so that their squares add up
+    weights : for each layer (groups, inputs / group), the sum of its squared weights W_k(i, j)^2
+    rows : for each layer, how many weights an input channel has
+    literal : divide by the sum of squared weights, as equation 2 is written, and not by their
+        mean, as the authors' released tool does
     """
 
-    def __init__(self, layer: np.ndarray, size: np.ndarray, weights: np.ndarray,
-                 gradients: np.ndarray, products: np.ndarray) -> None:
-        self.layer = layer
-        self.size = size
-        self.weights = weights
+    def __init__(self, layers: Sequence[str], gradients: List[np.ndarray],
+                 weights: List[np.ndarray], rows: Sequence[int], literal: bool = False) -> None:
+        self.layers = list(layers)
         self.gradients = gradients
-        self.products = products
+        self.weights = weights
+        self.rows = list(rows)
+        self.literal = literal
 
-    def rescaled(self, log_factors: np.ndarray, log_outputs: Any = 0.0) -> "ChangeRates":
-        """Rates of the same images when weight blocks become W / exp(log_factors) (pairs,).
+    def by_layer(self) -> Dict[str, float]:
+        """Return C_k, equation 2 over a whole layer: the root of E[g^2] over ||W_k||^2.
 
-        Outputs that become exp(log_outputs) (outputs,) times what they were keep their loss, so
-        the gradients that come from them grow alike.
+        E[g^2] is the mean over the layer's weights, and so is ||W_k||^2 unless `literal`: ours is
+        the released tool's definition, which differs from the letter of equation 2 by the root of
+        the number of weights.  It is NaN for weights that are all 0.
         """
-        factor = np.exp(2 * log_factors)
-        output = np.exp(2 * np.asarray(log_outputs)).reshape(-1, 1)
-        return self._changed(self.weights / factor, self.gradients * factor * output)
-
-    def weighted(self, factors: np.ndarray) -> "ChangeRates":
-        """Rates whose squared gradients count `factors` (layers,) times."""
-        return self._changed(self.weights, self.gradients * factors[self.layer])
-
-    def _changed(self, weights: np.ndarray, gradients: np.ndarray) -> "ChangeRates":
-        return ChangeRates(self.layer, self.size, weights, gradients, self.products_at(gradients))
-
-    def products_at(self, gradients: np.ndarray) -> np.ndarray:
-        """Return `products` of other squared gradients that vary as much within each pair."""
-        before, after = (_mean_products(one.sum(axis=1)) for one in (self.gradients, gradients))
-        return self.products * np.divide(after, before, out=np.zeros_like(after),
-                                         where=before > 0)
-
-    def joined(self, other: "ChangeRates") -> "ChangeRates":
-        """These rates with the images of `other`, measured at the same scales."""
-        gradients = np.concatenate([self.gradients, other.gradients])
-        products = [one.products_at(gradients) for one in (self, other)]
-        return ChangeRates(self.layer, self.size, self.weights, gradients,
-                           np.concatenate(products))
-
-    def by_layer(self) -> np.ndarray:
-        """Return C_k = sqrt(E[g^2] / mean(W_k^2)) (layers,), equation 2; NaN without weights."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.sqrt(self.sum(self._squares()) / self.sum(self.weights))
+            return {name: float(np.sqrt(gradients.sum() / weights.sum()
+                                        / (weights.size * rows if self.literal else 1)))
+                    for name, gradients, weights, rows
+                    in zip(self.layers, self.gradients, self.weights, self.rows)}
 
-    def by_pair(self) -> np.ndarray:
-        """Return the same for each pair by itself (pairs,)."""
+    def by_column(self) -> Dict[str, np.ndarray]:
+        """Return C_kj (inputs,) of each layer, equation 3: of the weights of input channel j.
+
+        ||W_k||^2 is that of the whole layer, as in `by_layer`.
+        """
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.sqrt(self._squares() / self.weights)
+            return {name: np.sqrt(gradients.sum(axis=0).ravel() / weights.sum()
+                                  * (1 / rows if self.literal else weights.size))
+                    for name, gradients, weights, rows
+                    in zip(self.layers, self.gradients, self.weights, self.rows)}
 
-    def variation(self) -> np.ndarray:
-        """Return the coefficient of variation of C_kij^2 over a layer's weights (layers,).
+    def variation(self) -> Dict[str, float]:
+        """Return figure 1b: the coefficient of variation, std over mean, of each layer's C_kj.
 
-        Equation 2 and figure 1b: std over mean of E[g^2].  Products of different images' squares
-        estimate squares of means without bias.
+        The authors' script computes it from the same root of a column's mean squared gradient.
         """
-        size = self.sum(self.size.astype(np.float64))
-        fourth = self.sum(self.products.mean(axis=0)) / size
-        second = _mean_products(self._by_image() / size)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.sqrt(np.maximum(fourth / second - 1, 0))
-
-    def uncertainty(self) -> float:
-        """Return the largest standard error, over images, of the layers' log rates.
-
-        What is common to all layers does not count; infinite for a single image.
-        """
-        images = self._by_image()
-        if len(images) < 2:
-            return np.inf
-        means = images.mean(axis=0)
-        relative = images[:, means > 0] / means[means > 0]
-        if not relative.size:
-            return 0.0
-        relative -= relative.mean(axis=1, keepdims=True)
-        return float(relative.std(axis=0, ddof=1).max() / np.sqrt(len(images))) / 2
-
-    def noise(self) -> float:
-        """Return the log of the spread that rates of equal layers have by measurement error alone.
-
-        It is the expected range of as many normal numbers as there are layers (Blom 1958), of
-        standard deviation `uncertainty`.
-        """
-        layers = max(np.count_nonzero(self.sum(self._squares())), 2)
-        return float(2 * scipy.special.ndtri((layers - 0.375) / (layers + 0.25))) \
-            * self.uncertainty()
-
-    def _by_image(self) -> np.ndarray:
-        """Sums of g^2 (images, layers)."""
-        return np.array([self.sum(image) for image in self.gradients.sum(axis=1)])
-
-    def shares(self) -> np.ndarray:
-        """Return the share of each output in the squared gradients (outputs, pairs)."""
-        squares = self.gradients.mean(axis=0)
-        total = squares.sum(axis=0)
-        return np.divide(squares, total, out=np.full_like(squares, 1 / len(squares)),
-                         where=total > 0)
-
-    def sum(self, values: np.ndarray) -> np.ndarray:
-        """Return the sums of values (pairs,) over each layer's blocks (layers,)."""
-        return np.bincount(self.layer, values)
-
-    def _squares(self) -> np.ndarray:
-        """Sums over weights of E[g^2] (pairs,)."""
-        return self.gradients.mean(axis=0).sum(axis=0)
+            return {name: float(rates.std() / rates.mean())
+                    for name, rates in self.by_column().items()}
 
 
-def spread(rates: np.ndarray) -> float:
+def spread(rates: Dict[str, float]) -> float:
     """Return max / min of the rates that are positive and finite, 1 where there are none."""
-    live = rates[np.isfinite(rates) & (rates > 0)]
-    return float(live.max() / live.min()) if len(live) else 1.0
+    live = [rate for rate in rates.values() if np.isfinite(rate) and rate > 0]
+    return max(live) / min(live) if live else 1.0
+
+
+def independent_column_rates(bottom: np.ndarray, top_diff: np.ndarray,
+                             weights: np.ndarray) -> np.ndarray:
+    """Return C_kj (channels,) after equation 4, from a layer's blobs alone.
+
+    C_kj^2 = E[z_{k-1}(j)^2] E[||y_k||^2] / (N ||W_k||^2): the input z_{k-1} (n, channels, ...) and
+    the gradient y_k at the output (n, N, ...) are taken to be independent of each other.
+    """
+    z = np.square(bottom, dtype=np.float64).reshape(len(bottom), bottom.shape[1], -1)
+    y = np.square(top_diff, dtype=np.float64).reshape(len(top_diff), -1).sum(axis=1)
+    rows = top_diff.shape[1]
+    return np.sqrt(z.mean(axis=(0, 2)) * y.mean() / (rows * np.square(weights).sum()))
 
 
 # ---------------------------------------------------------------------------------------------
 # Measuring
 # ---------------------------------------------------------------------------------------------
 
-def measure(graph: ScaleGraph, rng: np.random.Generator,
-            known: Optional[ChangeRates] = None, crew: Crew = ALONE,
-            losses: int = LOSSES) -> ChangeRates:
-    """Run backward passes from what the net's blobs hold and return the change rates.
+def measure(working: WorkingNet, batches: Any, numbers: Sequence[int], rng: np.random.Generator,
+            by_output: bool = False, literal: bool = False, images: Optional[int] = None,
+            statistics: Optional[Dict[str, Statistics]] = None) -> ChangeRates:
+    """Return the change rates of a net over some batches (equations 1 and 2).
 
-    Every image gets its own random loss eta ~ N(0, I) at every output.  Where outputs are few, the
-    mean over several passes is taken, until `losses` random numbers were drawn.  Outputs that may
-    be rescaled get passes of their own.  With `known` rates of the net as it is, from other
-    images, the outputs' shares and the variation within pairs are taken from there.  The images
-    of a crew are those of all its processes, which get the same rates.
+    C_kij^2 = E[(d l / d W_k(i, j))^2] with the loss l = eta z_N, eta drawn anew for each image.
+    With `by_output`, each output has passes of its own and the rates tell them apart.  Only the
+    first `images` of the batches are seen, if given.  What layers put out is added to `statistics`.
     """
-    working = graph.working
-    size = sum(working.blob(name).data.size for name in working.outputs) * crew.size
-    passes = range(-(-losses // size))
-    found = mean_moments([_one_pass(graph, working.outputs, rng, known is None, crew)
-                          for _ in passes])
-    gradients, products = found.squares[:, None], found.products[None]
-    if known is not None:
-        gradients = gradients * known.shares()
-        products = known.products_at(gradients)
-    elif graph.free_outputs:
-        gradients = np.stack([
-            mean_moments([_one_pass(graph, [name], rng, False, crew) for _ in passes]).squares
-            for name in working.outputs], axis=1)
-    pairs = [(number, affine_view(scaled.layer, scaled.layer.weights, scaled.in_channels)[
-        block.groups, :, block.inputs]) for number, scaled in enumerate(graph.owners())
-        for block in scaled.blocks]
-    return ChangeRates(np.array([number for number, _ in pairs]),
-                       np.array([part.size for _, part in pairs]),
-                       np.array([sum_of_squares(part) for _, part in pairs]),
-                       gradients, products)
+    owners = working.owners()
+    groups = [[name] for name in working.outputs] if by_output else [working.outputs]
+    totals = [np.zeros((len(groups),) + _gradient(working, layer).shape[::2]) for layer in owners]
+    seen = 0
+    for size in parts(working, batches, numbers, images):
+        seen += size
+        forward(working, statistics)
+        for position, names in enumerate(groups):
+            put_losses(working, names, rng)
+            working.backward()
+            for total, layer in zip(totals, owners):
+                total[position] += squares_by_input(_gradient(working, layer))
+    views = [affine_view(layer, layer.weights, working.in_channels(layer)) for layer in owners]
+    return ChangeRates([layer.name for layer in owners], [total / seen for total in totals],
+                       [squares_by_input(view) for view in views],
+                       [view.shape[1] * view.shape[3] for view in views], literal)
 
 
-class Moments(NamedTuple):
-    """Moments of weight gradients g_n of images n, per input block of a layer.
+def parts(working: WorkingNet, batches: Any, numbers: Sequence[int],
+          images: Optional[int]) -> Iterator[int]:
+    """Put what one backward pass shall see into the net's inputs, and yield how many images.
 
-    `squares` (images, blocks) are sums over weights of g_n^2, `products` (blocks,) those of the
-    mean of g_n^2 g_m^2 over different images.
+    That is a batch, or one image where outputs are few; the net is resized for less than a batch,
+    and is left so.
     """
-    squares: np.ndarray
-    products: np.ndarray
+    outputs = outputs_per_image(working)
+    singly = working.separable and (outputs < FEW_OUTPUTS or is_light(working))
+    left = images or 10 ** 9
+    if singly and outputs < FEW_OUTPUTS:
+        left = min(left, -(-NUMBERS // outputs))
+    for number in numbers:
+        working.load(batches, number)
+        size = working.inputs[0].shape[0]
+        if not singly and (left >= size or not working.separable):
+            yield size
+            left -= size
+        else:
+            held = [np.array(working.blob(blob).data[:left]) for blob, _ in working.inputs]
+            size = 1 if singly else left
+            working.resize(size)
+            for start in range(0, len(held[0]), size):
+                for (blob, _), rows in zip(working.inputs, held):
+                    working.blob(blob).data[...] = rows[start:start + size]
+                yield size
+            left -= len(held[0])
+        if left <= 0:
+            return
 
 
-def mean_moments(passes: Sequence[Moments]) -> Moments:
-    """Return the mean of moments over passes."""
-    return Moments(np.mean([one.squares for one in passes], axis=0),
-                   np.mean([one.products for one in passes], axis=0))
+def outputs_per_image(working: WorkingNet) -> int:
+    """Return how many numbers the net puts out for an image."""
+    images = len(working.blob(working.inputs[0].blob).data)
+    return max(1, sum(working.blob(name).data.size for name in working.outputs) // images)
 
 
-def joined_moments(parts: Sequence[Moments]) -> Moments:
-    """Return the moments of all images of a batch from those of its parts.
+def is_light(working: WorkingNet) -> bool:
+    """Return whether a net has few weights beside what it computes for an image."""
+    numbers = sum(blob.data.size for blob in working.net.blobs.values())
+    images = len(working.blob(working.inputs[0].blob).data)
+    return sum(layer.weights.size for layer in working.owners()) < LIGHT * numbers / images
 
-    Products of images in different parts are not known: within a block they are to those of their
-    sums of squares as products of images in the same part are.
+
+def forward(working: WorkingNet, statistics: Optional[Dict[str, Statistics]] = None) -> None:
+    """Run the net; add what its affine layers put out to their `statistics`, if any are wanted."""
+    if statistics is None:
+        working.forward()
+        return
+    affine = {layer.position for layer in working.affine}
+    for layer in working.layers:
+        working.net._forward(layer.position, layer.position)
+        if layer.position in affine:
+            for top in layer.tops:
+                statistics.setdefault(layer.name, Statistics()).add(working.blob(top).data)
+
+
+def put_losses(working: WorkingNet, names: Sequence[str], rng: np.random.Generator) -> None:
+    """Put the gradients eta of random linear losses at the outputs `names`, 0 at all others.
+
+    eta ~ N(0, I) as in the paper; where outputs are few it is a random sign, which has the same
+    second moments and makes less noise.
     """
-    if len(parts) == 1:
-        return parts[0]
-    squares = np.concatenate([part.squares for part in parts])
-    known = sum(_mean_products(part.squares) for part in parts)
-    products = sum(part.products for part in parts)
-    ratio = np.divide(products, known, out=np.zeros_like(products), where=known > 0)
-    return Moments(squares, ratio * _mean_products(squares))
-
-
-def _mean_products(squares: np.ndarray) -> np.ndarray:
-    """The means of s_n s_m over n != m of sums of squares s (images, ...), which estimate E[s]^2
-    without bias; s^2 of a single image.
-    """
-    if len(squares) == 1:
-        return squares[0] ** 2
-    return _between_images(squares.sum(axis=0) ** 2, (squares ** 2).sum(axis=0), len(squares))
-
-
-def _one_pass(graph: ScaleGraph, names: Sequence[str], rng: np.random.Generator,
-              products: bool, crew: Crew) -> Moments:
-    """Moments of all pairs from one backward pass, with losses on some outputs."""
-    working = graph.working
+    few = outputs_per_image(working) < FEW_OUTPUTS
     for name in working.outputs:
         diff = working.blob(name).diff
-        diff[...] = 0
-        if name in names:
-            rows = len(diff) * crew.size
-            losses = rng.standard_normal((rows,) + diff.shape[1:], dtype=np.float32)
-            diff[...] = losses[crew.own(rows)]
-    for scaled in graph.affine:
-        if not per_image(scaled.layer.parameters):
-            scaled.layer.blobs[0].diff[...] = 0  # Caffe adds to what is there
-    working.backward()
-    found = [moments(scaled, working, products) for scaled in graph.owners()]
-    images = len(working.blob(working.layers[0].tops[0]).data)
-    found = [one if len(one.squares) == images else _of_rows(one, images) for one in found]
-    return joined_moments(crew.gather(Moments(
-        np.concatenate([one.squares for one in found], axis=1),
-        np.concatenate([one.products for one in found]))))
+        if name not in names:
+            diff[...] = 0
+        elif few:
+            diff[...] = rng.choice(np.array([-1, 1], np.float32), diff.shape)
+        else:
+            diff[...] = rng.standard_normal(diff.shape, dtype=np.float32)
 
 
-def per_image(layer: Any) -> bool:
-    """Whether the gradients of a layer (its message) are computed image by image.
-
-    Those of other affine layers, of layers with several bottoms and of shared weights are Caffe's
-    sum over a batch.
-    """
-    if len(layer.bottom) != 1 or any(parameter.name for parameter in layer.param):
-        return False
-    if layer.type == "InnerProduct":
-        return layer.inner_product_param.axis == 1
-    return layer.type == "Convolution" and layer.convolution_param.axis == 1
+def squares_by_input(view: np.ndarray) -> np.ndarray:
+    """Return the sums of squares (groups, inputs / group) of a view as `affine_view` returns it."""
+    return np.einsum("goir,goir->gi", view, view, dtype=np.float64)
 
 
-def moments(scaled: AffineScales, working: WorkingNet, products: bool = True) -> Moments:
-    """Return the moments of a layer's weight gradients after a backward pass of one batch.
-
-    Without `products` these may be left at 0, which spares time.
-    """
-    layer = scaled.layer
-    bottom, top = working.blob(layer.bottoms[0]).data, working.blob(layer.tops[0]).diff
-    images = len(top)
-    if not per_image(layer.parameters):
-        return _of_sum(scaled, images)
-    peak = largest(top)
-    if peak == 0 or not np.isfinite(peak):
-        return Moments(np.full((images, len(scaled.blocks)), peak),
-                       np.full(len(scaled.blocks), peak))
-    if layer.type == "InnerProduct":
-        found = _of_products(scaled, bottom, top * np.float32(1 / peak))
-    else:
-        size = largest(bottom) or 1.0
-        found = _of_convolution(scaled, bottom, top * np.float32(1 / peak / size), products)
-        peak *= size  # fourth powers of what is far from 1 are beyond float32
-    return Moments(found.squares * peak ** 2, found.products * peak ** 4)
-
-
-def _of_rows(found: Moments, images: int) -> Moments:
-    """Moments by image where a layer sees another number of rows: a Reshape may fold channels, or
-    regions, into the batch.
-
-    Rows have their own losses as long as nothing above joins them again; images get equal parts.
-    """
-    share = len(found.squares) / images
-    return Moments(np.tile(found.squares.sum(axis=0) / images, (images, 1)),
-                   found.products * share ** 2)
-
-
-def _of_products(scaled: AffineScales, bottom: np.ndarray, top: np.ndarray) -> Moments:
-    """Fully connected: g_n = y_n x_n^T, whose moments are products of those of y and x."""
-    images = len(bottom)
-    rows = bottom.reshape(images, scaled.in_channels, -1)
-    errors = top.reshape(images, -1).astype(np.float64) ** 2
-    gram = errors @ errors.T
-    squares, products = [], []
-    for block in scaled.blocks:
-        inputs = rows[:, block.inputs].reshape(images, -1).astype(np.float64) ** 2
-        square = gram * (inputs @ inputs.T)
-        squares.append(errors.sum(axis=1) * inputs.sum(axis=1))
-        products.append(_between_images(square.sum(), np.trace(square), images))
-    return Moments(np.array(squares).T, np.array(products))
-
-
-def _of_convolution(scaled: AffineScales, bottom: np.ndarray, top: np.ndarray,
-                    products: bool) -> Moments:
-    """Convolution: g_n = y_n im2col(x_n)^T, summed over positions, image by image."""
-    shape = geometry(scaled.layer)
-    assert shape is not None
-    groups = scaled.layer.parameters.convolution_param.group
-    images, outputs = top.shape[:2]
-    layout = (groups, outputs // groups, scaled.in_channels // groups, int(np.prod(shape.kernel)))
-    squares, fourths = np.zeros((2, images, len(scaled.blocks)))
-    total = np.zeros(layout, np.float32)
-
-    def by_block(gradient: np.ndarray) -> List[float]:
-        return [_squared(gradient[block.groups, :, block.inputs]) for block in scaled.blocks]
-
-    for image in range(images):
-        columns = im2col(bottom[image:image + 1], shape).reshape(groups, -1, top[0, 0].size)
-        errors = top[image].reshape(groups, -1, top[0, 0].size)
-        gradient = np.stack([blas.product(error, column.T)
-                             for error, column in zip(errors, columns)]).reshape(layout)
-        squares[image] = by_block(gradient)
-        if products:
-            gradient *= gradient
-            fourths[image] = by_block(gradient)
-            total += gradient
-    return Moments(squares, _between_images(np.array(by_block(total)), fourths.sum(axis=0), images))
-
-
-def _between_images(of_sum: Any, of_each: Any, images: int) -> Any:
-    """The mean of q_n q_m over n != m from (sum q_n)^2 and sum q_n^2; q Gaussian for one image."""
-    if images == 1:
-        return of_sum / 3
-    return (of_sum - of_each) / (images * (images - 1))
-
-
-def _of_sum(scaled: AffineScales, images: int) -> Moments:
-    """Other layers: Caffe's gradient g summed over a batch, as if all images had equal parts.
-
-    Losses are independent, so E[g^2] is the sum of the images'; g is Gaussian: E[g^4] = 3 E[g^2]^2.
-    """
-    diff = affine_view(scaled.layer, scaled.layer.blobs[0].diff, scaled.in_channels)
-    parts = [diff[block.groups, :, block.inputs].astype(np.float64) ** 2
-             for block in scaled.blocks]
-    squares = np.array([part.sum() for part in parts]) / images
-    return Moments(np.tile(squares, (images, 1)),
-                   np.array([(part ** 2).sum() for part in parts]) / 3 / images ** 2)
-
-
-def im2col(images: np.ndarray, shape: Geometry) -> np.ndarray:
-    """Return what a convolution multiplies its weights with: (n, channels * kernel, positions).
-
-    `images` are (n, channels, height, width) or have any other number of spatial axes.
-    """
-    seen = windows(images, shape)
-    return seen.reshape(len(images), images.shape[1] * int(np.prod(shape.kernel)), -1)
-
-
-def largest(array: np.ndarray) -> float:
-    """The largest absolute value."""
-    return float(max(array.max(), -array.min()))
-
-
-def _squared(array: np.ndarray) -> float:
-    """The sum of squares; BLAS adds up many partial sums, which float32 can hold."""
-    flat = array.reshape(-1)
-    return float(np.dot(flat, flat))
+def _gradient(working: WorkingNet, layer: Layer) -> np.ndarray:
+    return affine_view(layer, layer.blobs[0].diff, working.in_channels(layer))

@@ -1,15 +1,12 @@
-"""Caffe runs where it may abort: in a child process.
+"""Run Caffe where it may abort, in a child process, and end a command in one line.
 
 Caffe's failed CHECKs call abort(), which would take the Python process with it.  Commands of this
-project therefore run Caffe in a child process (`in_child`), turn whatever ends it into one line
-(`command_line`).
-
-    python -c "from ddinit import processes; import os; print(processes.in_child(os.getpid))"
+project therefore run Caffe in a child (`in_child`) and turn whatever ends it into one line and an
+exit status (`command_line`).
 """
 import argparse
 import contextlib
 import ctypes
-import faulthandler
 import logging
 import multiprocessing
 import os
@@ -36,6 +33,14 @@ class InChild(Exception):
     """The cause of an error that a child raised: where it did, as a traceback's text."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the child; `number` tells which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return function(*arguments), run in a fresh child process that dies with this one.
 
@@ -43,11 +48,13 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     decides what to do.  What Caffe prints on file descriptor 2 is kept from the terminal.
     Raises what the child raised, or ChildDied (a ValueError) where it aborted or was killed.
     """
-    context: Any = multiprocessing.get_context(_start_method())
+    context: Any = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
+    root = logging.getLogger()
+    level = root.level if root.handlers else None
     with tempfile.NamedTemporaryFile(prefix="caffe.", suffix=".log") as log:
         child = context.Process(target=_child_main,
-                                args=(sender, log.name, function, arguments))
+                                args=(sender, log.name, level, function, arguments))
         with _PassedOn() as signals:
             signals.start(child)
             sender.close()
@@ -60,7 +67,7 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
             except EOFError:
                 child.join()
                 if signals.received:
-                    raise KeyboardInterrupt from None
+                    raise Interrupted(signals.received[0]) from None
                 raise ChildDied(_last_words(log.name, child.exitcode)) from None
             child.join()
     if error is not None:
@@ -72,9 +79,9 @@ def command_line(run: Callable[[Any], Optional[int]], arguments: Any, program: s
     """Return the exit status of run(arguments): errors a user can cause are one line and a 2."""
     try:
         return run(arguments) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("%s: interrupted" % program, file=sys.stderr)
-        return 130
+        return 128 + int(getattr(error, "number", signal.SIGINT))
     except (ValueError, OSError, MemoryError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print("%s: error: %s" % (program, message), file=sys.stderr)
@@ -88,9 +95,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, "%s: error: %s (see --help)\n" % (self.prog, message))
 
 
-def log_to_stderr(quiet: bool = False) -> None:
-    """Send log messages to stderr as plain lines; with `quiet` only warnings."""
-    level = logging.WARNING if quiet else logging.INFO
+def log_to_stderr(level: int = logging.INFO) -> None:
+    """Send log messages of a level and above to stderr as plain lines."""
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
 
 
@@ -118,22 +124,13 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def may_fork() -> bool:
-    """Whether nothing of ours (threads, or Caffe, which may have some) can deadlock a fork."""
-    return ("caffe" not in sys.modules and threading.active_count() == 1
-            and sys.platform.startswith("linux"))
-
-
-def _start_method() -> str:
-    """How to start a child: forking spares its imports."""
-    return "fork" if may_fork() else "spawn"
-
-
-def _child_main(sender: Any, log: str, function: Callable[..., Any], arguments: tuple) -> None:
+def _child_main(sender: Any, log: str, level: Optional[int], function: Callable[..., Any],
+                arguments: tuple) -> None:
     die_with_parent()
     os.setpgid(0, 0)  # so that Ctrl-C reaches the parent alone, which passes it on once
     _keep_from_terminal(log)
-    faulthandler.disable()  # a forked child has its parent's; an abort is told in one line
+    if level is not None:
+        log_to_stderr(level)
     answer: Tuple[Any, Optional[BaseException], str]
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -151,13 +148,10 @@ def _child_main(sender: Any, log: str, function: Callable[..., Any], arguments: 
 
 def _keep_from_terminal(log: str) -> None:
     """Send file descriptor 2, where libraries write, to a file; sys.stderr stays the terminal."""
-    before, terminal = sys.stderr, os.dup(2)
+    terminal = os.dup(2)
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 2)
     sys.stderr = os.fdopen(terminal, "w", buffering=1)
-    for handler in logging.getLogger().handlers:  # a forked child has its parent's
-        if isinstance(handler, logging.StreamHandler) and handler.stream is before:
-            handler.setStream(sys.stderr)
 
 
 def pickled(answer: tuple) -> bytes:

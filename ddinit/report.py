@@ -1,22 +1,17 @@
-"""What a person sees of an initialisation: the change-rate table, the JSON report, figure 1.
-
-    python magic_init.py models/caffenet_tiny/deploy.prototxt out.caffemodel -d 'photos/*' -cs \\
-        --report out.json --figure out.png
-"""
+"""Show what a run has done: the table of layers, the JSON report, the page and figure 1."""
 import argparse
 import os
 import subprocess
 import sys
 import tempfile
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
-import numpy as np
-
-from ddinit import change_rates, results
+from ddinit import page, results
+from ddinit.change_rates import spread
 
 
 class LayerRecord(NamedTuple):
-    """What was done to one layer, and its output over all images (of the written net)."""
+    """What was done to one layer, and its output in the net that is written."""
     name: str
     type: str
     weights: str
@@ -29,20 +24,22 @@ class LayerRecord(NamedTuple):
 class Result(NamedTuple):
     """What the child process has found, for the parent to show and write.
 
-    `rates` and `variations` are (before, after) pairs by layer; `definition` is the text of the
-    changed definition, None where it stays as it is; `difference` compares the outputs of the net
-    before and after, over their std, on held-back images.
+    Rates and variations are by layer.  `definition` is the text of the changed definition, None
+    where it stays as it is; `difference` compares the outputs of the net before and after, over
+    their std, on images held back.  `filters` is a PNG of the first convolution's.
     """
     records: List[LayerRecord]
-    rates: Dict[str, Tuple[float, float]]
-    variations: Dict[str, Tuple[float, float]]
+    rates_before: Dict[str, float]
+    rates_after: Dict[str, float]
+    variations_before: Dict[str, float]
+    variations_after: Dict[str, float]
     images: int
-    processes: int
     notes: List[str]
     changes: List[str]
-    definition: Any
+    definition: Optional[str]
     difference: Optional[float]
     seconds: Dict[str, float]
+    filters: bytes
     provenance: Dict[str, Any]
 
 
@@ -53,19 +50,15 @@ def table(found: Result) -> List[str]:
     form = "%%-%ds  %%-%ds %%9s %%9s %%11s %%11s %%9s" % (width, kinds)
     lines = [form % ("layer", "weights", "mean", "std", "rate before", "rate after", "variation")]
     for record in found.records:
-        rates, variation = found.rates.get(record.name), found.variations.get(record.name)
         cells = ["%.3g" % number for number in (record.mean, record.std)]
-        cells += ["%.4g" % rate for rate in rates] if rates else ["", ""]
+        cells += ["%.4g" % rates[record.name] if record.name in rates else ""
+                  for rates in (found.rates_before, found.rates_after)]
         lines.append(form % (record.name, record.weights, *cells,
-                             "%.3g" % variation[1] if variation else ""))
-    lines.append("largest over smallest rate: %.4g before, %.4g after" % spreads(found))
+                             "%.3g" % found.variations_after[record.name]
+                             if record.name in found.variations_after else ""))
+    lines.append("largest over smallest rate: %.4g before, %.4g after"
+                 % (spread(found.rates_before), spread(found.rates_after)))
     return lines
-
-
-def spreads(found: Result) -> Tuple[float, float]:
-    """Return the largest over the smallest change rate, before and after."""
-    rates = np.array(list(found.rates.values()))
-    return change_rates.spread(rates[:, 0]), change_rates.spread(rates[:, 1])
 
 
 def as_json(found: Result, arguments: argparse.Namespace) -> Dict[str, Any]:
@@ -73,17 +66,25 @@ def as_json(found: Result, arguments: argparse.Namespace) -> Dict[str, Any]:
     layers = []
     for record in found.records:
         layer = record._asdict()
-        for key, pairs in (("rate", found.rates), ("variation", found.variations)):
-            before, after = pairs.get(record.name, (None, None))
-            layer.update({key + "_before": before, key + "_after": after})
+        for key, before, after in (("rate", found.rates_before, found.rates_after),
+                                   ("variation", found.variations_before, found.variations_after)):
+            layer[key + "_before"] = before.get(record.name)
+            layer[key + "_after"] = after.get(record.name)
         layers.append(layer)
-    spread_before, spread_after = spreads(found)
     return {**found.provenance, "definition": arguments.prototxt, "output": arguments.output,
             "type": arguments.type, "bias": arguments.bias, "calibrated": arguments.calibrate,
-            "images": found.images, "processes": found.processes,
-            "layers": layers, "spread_before": spread_before, "spread_after": spread_after,
+            "images": found.images, "layers": layers,
+            "spread_before": spread(found.rates_before), "spread_after": spread(found.rates_after),
             "changes": found.changes, "notes": found.notes, "output_difference": found.difference,
             "seconds": found.seconds}
+
+
+def write(path: str, content: Dict[str, Any], filters: bytes) -> None:
+    """Write what `as_json` returned: as a page where the name ends in .html, otherwise as JSON."""
+    if path.endswith((".html", ".htm")):
+        page.write(path, content, filters)
+    else:
+        results.write_json(path, content)
 
 
 def draw(content: Dict[str, Any], path: str) -> None:
@@ -95,8 +96,7 @@ def draw(content: Dict[str, Any], path: str) -> None:
     with tempfile.TemporaryDirectory(prefix="magic_init.") as folder:
         report = os.path.join(folder, "report.json")
         results.write_json(report, content)
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "rate_figure.py")
-        done = subprocess.run([sys.executable, script, report, path], stderr=subprocess.PIPE,
-                              universal_newlines=True, check=False)
+        done = subprocess.run([sys.executable, "-m", "ddinit.rate_figure", report, path],
+                              stderr=subprocess.PIPE, universal_newlines=True, check=False)
     if done.returncode:
         raise ValueError("%s: no figure: %s" % (path, (done.stderr.splitlines() or ["?"])[-1]))

@@ -1,19 +1,17 @@
-"""How scales run through a net (paper, section 3.2): exact on any graph of layers.
+"""Tell how scales run through a net (paper, section 3.2), exactly on any graph of layers.
 
 Every block of channels of every blob gets a scale s > 0, known by its logarithm.  The rescaled net
 computes s times what the blob held; where input and output scales are 1, the net's function is
 unchanged, and the gradient at a blob is divided by its scale exactly.  A layer type is one row of
 `TABLE`: a rule that says which scales its tops have when its bottoms have theirs, and which
 equations between scales must hold.  All scales are linear forms in free log scales, so that all
-change rates after rescaling are known from one backward pass, and `solve` is linear least squares.
-
-    python -c "import scales; print('\\n'.join(sorted(scales.TABLE)))"
+change rates after rescaling are known from one backward pass, and are made equal by least squares.
 """
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ddinit.caffe_net import Layer, WorkingNet, address, channels
+from ddinit.net import Layer, WorkingNet, address, channels
 
 # A linear form in the free log scales: {variable: coefficient}; {} is the scale 1.
 Form = Dict[int, float]
@@ -53,19 +51,21 @@ class ScaleGraph:
     """The free log scales of a net and the equations between them.
 
     With `degrees`, LRN layers stay as they are and have that degree (name: d, f(s x) = s^d f(x));
-    with `free_outputs`, outputs may change their scale, but for the net's last.
+    with `free_outputs`, outputs may change their scale, but for the net's last.  Outputs otherwise
+    get the log scale in `output_logs` (by name), 0 where they have none.
     `affine` lists the layers with weights, `adjusted` what else changes with scales, by layer:
     LRN (alpha / s^2), BatchNorm (mean * s, variance and eps * s^2), Bias and Scale with two
     bottoms (b * s).
     """
 
     def __init__(self, working: WorkingNet, degrees: Optional[Dict[str, float]] = None,
-                 free_outputs: bool = False) -> None:
+                 free_outputs: bool = False,
+                 output_logs: Optional[Dict[str, float]] = None) -> None:
         self.working = working
         self.degrees = degrees or {}
         self.free_outputs = free_outputs
         self.variables = 0
-        self.equations: List[Form] = []
+        self.equations: List[Tuple[Form, float]] = []  # each form has that value
         self.affine: List[AffineScales] = []
         self.adjusted: Dict[str, Form] = {}
         self.unknown_types: List[str] = []
@@ -76,7 +76,7 @@ class ScaleGraph:
             if free_outputs and name != working.outputs[-1]:
                 self.unify(self.blobs[name])
             else:
-                self.pin(self.blobs[name])
+                self.pin(self.blobs[name], (output_logs or {}).get(name, 0.0))
         self._tie_shared_weights()
 
     def _add(self, layer: Layer) -> None:
@@ -100,20 +100,20 @@ class ScaleGraph:
         return channels(self.shape(name))
 
     def free(self) -> Form:
-        """A new free log scale."""
+        """Return a new free log scale."""
         self.variables += 1
         return {self.variables - 1: 1.0}
 
-    def equal(self, first: Form, second: Form) -> None:
-        """Demand that two scales are the same."""
+    def equal(self, first: Form, second: Form, log_ratio: float = 0.0) -> None:
+        """Demand that two scales are the same, or that one is exp(log_ratio) times the other."""
         difference = plus(first, second, -1.0)
         if difference:
-            self.equations.append(difference)
+            self.equations.append((difference, log_ratio))
 
-    def pin(self, blocks: Blocks) -> None:
-        """Demand that a blob keeps its scale, 1."""
+    def pin(self, blocks: Blocks, log_scale: float = 0.0) -> None:
+        """Demand that a blob keeps its scale, 1, or gets another one."""
         for _, form in blocks:
-            self.equal(form, {})
+            self.equal(form, {}, log_scale)
 
     def unify(self, blocks: Blocks) -> Form:
         """Demand one scale for all channels of a blob and return it."""

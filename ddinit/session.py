@@ -1,178 +1,291 @@
-"""A net at work: who works on which images, what is measured on them, and how long it takes.
+"""Put a net to measure on beside the batches that it sees, and run the steps of the method on it.
 
-`magic_init.py` opens one session a run; the paper's two steps (sections 3.1 and 3.2) share it.
-
-    python magic_init.py models/caffenet_tiny/deploy.prototxt out.caffemodel -d 'photos/*' -cs \\
-        --report out.json
-
-writes the seconds of its phases.
+The public functions on a caffe.Net (api.py) and the command (magic_init.py) share these.
 """
-import argparse
-import functools
-import sys
-import threading
-import time
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+import logging
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
-from tqdm import tqdm
 
-from ddinit import caffe_net, caffemodel, change_rates, crew, processes
-from ddinit.caffe_net import BlobStore, Statistics, Stop, WorkingNet
-from ddinit.change_rates import ChangeRates
-from ddinit.crew import Crew
+from ddinit import between
+from ddinit.between import Options
+from ddinit.change_rates import FEW_OUTPUTS, ChangeRates, measure, outputs_per_image, spread
+from ddinit.images import (
+    HeldBatches,
+    ImageBatches,
+    batches_of,
+    find_images,
+    read_batches,
+)
+from ddinit.net import WorkingNet, copy_weights
 from ddinit.prototxt import (
-    import_caffe,
-    mixing_layer,
+    Input,
+    build_net,
+    caffe_messages,
+    fixed_batch,
+    image_layers,
+    is_source,
     read_definition,
-    spare_weight_gradients,
     working_definition,
 )
+from ddinit.rewrite import rewritten, worst_difference
 from ddinit.scales import ScaleGraph
+from ddinit.walk import Statistics
 
-# Layers that the walk stops at: those with weights, and BatchNorm for its statistics.
-STOPS = tuple(sorted(caffe_net.AFFINE)) + ("BatchNorm",)
+log = logging.getLogger("magic_init")
+
+Images = Union[str, Sequence[str], np.ndarray]
+# The mean colour of ImageNet's photographs in BGR, as Caffe's own definitions have it.
+MEAN = (104.0, 117.0, 123.0)
+# A rescaled net's outputs may differ by this part of their std.
+TOLERANCE = 1e-3
+# Rates of a net from scratch further apart are worth a changed definition, or a warning.
+APART = 1.5
+
+
+class Feed(NamedTuple):
+    """What an image becomes before a net sees it: (image - mean) * scale."""
+    mean: Any = MEAN
+    scale: float = 1.0
 
 
 class Session:
-    """A net at work: what it measures on, which images it sees, and the seconds that phases took.
+    """A net to measure on and its batches.
 
-    Batches 0 to `batches` - 1 of images are for statistics; change rates are measured on those in
-    `measured`, at first the second half, from which no weights are made; batch `check` is held
-    back from these to check a rescaled net on.  Every process of a crew has a session of its own,
-    with its part of each batch; all draw the same random numbers.
+    Batches 0 to `count` - 1 are for statistics and rates.  Batch `check` is held back for judging
+    where there are images enough, and otherwise the last of these.
     """
 
-    def __init__(self, own: Crew, definition: Any, arguments: argparse.Namespace,
-                 paths: Sequence[str], notes: Sequence[str] = ()) -> None:
-        self.crew = own
-        self.notes = list(notes)
-        self.rng = np.random.default_rng(arguments.seed)
-        self.seconds: Dict[str, float] = {}
-        self.energy: Dict[str, np.ndarray] = {}
-        self.seen: Dict[str, Tuple[float, float]] = {}
-        self._clock = time.perf_counter()
-        self._quiet = arguments.quiet or not sys.stderr.isatty() or not own.first
-        caffe_net.use_device(arguments.device)
-        import_caffe().set_random_seed(arguments.seed)
+    def __init__(self, definition: Any, inputs: Sequence[Input], batches: Any, count: int,
+                 fed: bool, size: Optional[Sequence[int]] = None) -> None:
         self.definition = definition
-        self.size, self.batches = batches_of(len(paths), arguments.batch_size, arguments.batches)
-        self.working = self.build(self.definition, bool(paths))
-        self.feed: Optional[caffe_net.ImageFeed] = None
-        self.check = self.batches - 1
-        self.measured = list(range(self.batches - max(1, self.batches // 2), self.batches))
-        if self.working.image is not None:
-            whole = min(len(paths) // self.size, self.batches + 1) * self.size
-            chosen = self.rng.permutation(len(paths))[:whole].reshape(-1, self.size)
-            self.feed = caffe_net.ImageFeed(
-                [paths[number] for number in chosen[:, own.own(self.size)].ravel()],
-                self.working.image.shape, arguments.mean, arguments.scale)
-            self.check = self.feed.batches - 1
-        else:
-            self.size = len(self.working.blob(self.working.outputs[0]).data)
-        self.lap("set up")
+        self.inputs = list(inputs)
+        self.batches = batches
+        self.count = min(count, batches.count)
+        self.check = batches.count - 1
+        self._fed = fed
+        self._size = size
+        self.working = self.build(definition)
 
-    def build(self, definition: Any, with_images: bool) -> WorkingNet:
-        working, image = working_definition(
-            definition, self.size // self.crew.size if with_images else None)
-        spare_weight_gradients(working, change_rates.per_image)
-        return WorkingNet(working, image)
+    def build(self, definition: Any) -> WorkingNet:
+        """Return the net to measure on of a definition with the same inputs."""
+        layers, _ = image_layers(definition, 0 if self._fed else None, self._size)
+        if not self._fed:
+            layers = [layer for layer in layers if not is_source(layer)]
+        return WorkingNet(working_definition(layers, self.inputs, definition.name), self.inputs)
 
-    def put(self, batch: int) -> None:
-        """Put a batch of images into the net."""
-        assert self.feed is not None and self.working.image is not None
-        self.feed.load(batch, self.working.blob(self.working.image.blob).data)
+    def rate_batches(self) -> List[int]:
+        """Return the batches for the rates of a loaded net, without the one held back."""
+        return [number for number in range(self.count) if number != self.check] or [0]
 
-    def forward(self, batch: int) -> None:
-        """Run the net on a batch of images, or on the next one of its own data layers."""
-        if self.feed is not None:
-            self.put(batch)
-        self.working.forward()
-
-    def joined(self, stop: Stop) -> Tuple[Statistics, np.ndarray]:
-        """Return a stop's statistics and energy over the images of the whole crew."""
-        found = self.crew.gather((stop.statistics, stop.energy))
-        return (functools.reduce(Statistics.joined, [statistics for statistics, _ in found]),
-                np.sum([energy for _, energy in found], axis=0))
-
-    def save(self, path: str) -> None:
-        """Write the net's weights, which all of the crew hold, once; return when they are there."""
-        if self.crew.first:
-            caffemodel.write(self.working.net, self.working.definition, path)
-        self.crew.gather(None)
-
-    def _outputs(self, batch: int) -> Dict[str, Tuple[float, float]]:
-        """Run the net on a batch; return mean and variance of its layers' outputs."""
-        walk = caffe_net.walk(self.working, BlobStore(np.inf), 1, STOPS, lambda _: self.put(batch))
-        return {stop.layer.name: self.joined(stop)[0].overall() for stop in walk if stop.statistics}
-
-    def measure(self, graph: ScaleGraph, turn: int, known: Optional[ChangeRates] = None,
-                losses: int = change_rates.LOSSES) -> ChangeRates:
-        """Return the change rates on one of `measured`, at turn -1 on the last, that the net holds.
-
-        Squared gradients go with the energy E[z^2] of their layer's input (equation 4), which the
-        walk knows for all images: they count as if the batch's energy were the mean one.
-        """
-        batch = self.measured[turn % len(self.measured)]
-        if turn >= 0 and graph.degrees:
-            self.seen = self._outputs(batch)
-        elif turn >= 0:
-            self.forward(batch)
-        rates = change_rates.measure(graph, self.rng, known, self.crew, losses)
-        if self.feed is None and turn >= 0:
-            return rates  # images that the walk has not seen
-        energies = [self.energy[scaled.layer.name] for scaled in graph.owners()]
-        factors = [energy[self.measured].mean() / energy[batch] if energy[batch] > 0 else 1.0
-                   for energy in energies]
-        return rates.weighted(np.array(factors))
-
-    def lap(self, phase: str) -> None:
-        """Book the seconds since the last call on a phase."""
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._clock
-        self._clock = now
-
-    def bar(self, phase: str, total: int) -> Any:
-        tqdm.set_lock(threading.RLock())  # its default, a semaphore, outlives a process that aborts
-        return tqdm(total=total, desc=phase, disable=self._quiet, file=sys.stderr, leave=False)
+    def judge(self, rng: np.random.Generator, literal: bool,
+              statistics: Dict[str, Statistics]) -> ChangeRates:
+        """Return the change rates on the batch held back, and on others where outputs are few."""
+        numbers = [self.check]
+        if outputs_per_image(self.working) < FEW_OUTPUTS:
+            numbers += self.rate_batches()[::-1]
+        return measure(self.working, self.batches, numbers, rng, literal=literal,
+                       statistics=statistics)
 
 
-def batches_of(images: int, batch_size: int, batches: int) -> Tuple[int, int]:
-    """Return size and number of batches that use as many images as were asked for and are there.
+def open_session(prototxt: str, images: Optional[Images], batch_size: Optional[int],
+                 batches: int, rng: np.random.Generator, feed: Feed,
+                 size: Optional[Sequence[int]] = None, net: Any = None) -> Session:
+    """Return a session on a net, whose weights are not set yet.
 
-    Without images, where a net feeds itself, they stay what they are.
+    Parameters
+    ----------
+    prototxt : path of its definition
+    images : files (see `find_images`) or an array (n, channels, height, width) of what the net
+        sees; None where its own data layers feed it
+    batch_size : images a batch; None for the net's own, 16 for the command's usual
+    batches : how many batches to use
+    size : (height, width) of the images in place of what a data layer would give
+    net : the user's caffe.Net, whose input has the shape and whose data layers are read
 
-    >>> batches_of(20, 16, 10)
-    (10, 2)
+    Raises ValueError naming layer and shapes where these do not fit.
     """
-    if not images:
-        return batch_size, batches
-    count = min(batches, -(-images // batch_size))
-    return min(batch_size, images // count), count
+    definition = read_definition(prototxt)
+    session = (_open_self_fed(definition, batches, net) if images is None else
+               _open_fed(definition, images, batch_size, batches, rng, feed, size, net))
+    if not session.working.affine:
+        raise ValueError("%s: no layer of the net has weights to initialize" % prototxt)
+    return session
 
 
-def in_crew(function: Callable[..., Any], arguments: argparse.Namespace, paths: Sequence[str],
-            output: str) -> Any:
-    """Return function(session, arguments, output), run by as many processes as can share the work.
+def _open_fed(definition: Any, images: Images, batch_size: Optional[int], batches: int,
+              rng: np.random.Generator, feed: Feed, size: Optional[Sequence[int]],
+              net: Any) -> Session:
+    """Return a session on images that replace the net's own data layers."""
+    shapes = _source_shapes(net) if net is not None else {}
+    size = next((shape[2:] for shape in shapes.values() if len(shape) == 4), size)
+    layers, image = image_layers(definition, batch_size or 0, size)
+    assert image is not None
+    image = Input(image.blob, tuple(shapes.get(image.blob, image.shape)))
+    fixed = fixed_batch(layers)
+    if fixed is not None and batch_size:
+        own = image_layers(definition, 0, size)[1]
+        assert own is not None
+        batches = -(-batches * batch_size // own.shape[0])
+        image = own
+        log.info("layer '%s' writes out the number of images in a batch: it stays %d", fixed,
+                 image.shape[0])
+    if isinstance(images, np.ndarray):
+        return _open_array(definition, images, image, batches, rng, size)
+    paths = find_images(images)
+    if fixed is not None and len(paths) < image.shape[0]:
+        raise ValueError("layer '%s' wants %d images a batch, and there are %d"
+                         % (fixed, image.shape[0], len(paths)))
+    rows, count = batches_of(len(paths), image.shape[0], batches)
+    if fixed is not None:
+        rows, count = image.shape[0], min(batches, len(paths) // image.shape[0])
+    whole = min(len(paths) // rows, count + 1) * rows
+    chosen = [paths[number] for number in rng.permutation(len(paths))[:whole]]
+    image = Input(image.blob, (rows,) + tuple(image.shape[1:]))
+    return Session(definition, [image], ImageBatches(chosen, image, *feed), count, True, size)
 
-    One, where Caffe computes on a GPU, reads its own data, or has layers in which images meet.
+
+def _open_array(definition: Any, images: np.ndarray, image: Input, batches: int,
+                rng: np.random.Generator, size: Any) -> Session:
+    """Return a session on images that are in memory as the net shall see them."""
+    if images.ndim != 4 or images.shape[1:] != tuple(image.shape[1:]) or not len(images):
+        raise ValueError("the images have the shape %s, blob '%s' of the net wants n x %s" % (
+            list(images.shape), image.blob, list(image.shape[1:])))
+    rows, count = batches_of(len(images), image.shape[0], batches)
+    order = rng.permutation(len(images))
+    held = [{image.blob: np.asarray(images[order[start:start + rows]], np.float32)}
+            for start in range(0, len(images) - rows + 1, rows)][:count + 1]
+    image = Input(image.blob, (rows,) + tuple(image.shape[1:]))
+    return Session(definition, [image], HeldBatches(held), count, True, size)
+
+
+def _open_self_fed(definition: Any, batches: int, net: Any) -> Session:
+    """Return a session whose batches come from the data layers of `net` or of the definition."""
+    layers, _ = image_layers(definition, None)
+    if net is None:
+        feeder = caffe_messages().NetParameter()
+        feeder.layer.extend(layer for layer in layers if is_source(layer))
+        for layer in feeder.layer:
+            for field in ("include", "exclude"):
+                layer.ClearField(field)
+        try:
+            net = build_net(feeder)
+        except ValueError as error:
+            raise ValueError("%s: give images with --data instead" % error) from error
+    names = [name for number, name in enumerate(net._layer_names)
+             if not len(net._bottom_ids(number))]
+    if all(net.layers[list(net._layer_names).index(name)].type == "Input" for name in names):
+        raise ValueError("the net has no data layer of its own: give it images")
+    held = read_batches(net, names, batches + 1)
+    read = {bottom for layer in layers for bottom in layer.bottom}
+    made = {top for layer in layers if not layer.bottom and not is_source(layer)
+            for top in layer.top}
+    inputs = [Input(name, tuple(net.blobs[name].shape)) for name in held.names
+              if name in read - made]
+    return Session(definition, inputs, held.only([blob for blob, _ in inputs]), batches, False)
+
+
+def _source_shapes(net: Any) -> Dict[str, Tuple[int, ...]]:
+    """Return the shapes of the blobs of a caffe.Net that no layer computes from others."""
+    return {net._blob_names[top]: tuple(net.blobs[net._blob_names[top]].shape)
+            for number in range(len(net._layer_names)) if not len(net._bottom_ids(number))
+            for top in net._top_ids(number)}
+
+
+# ---------------------------------------------------------------------------------------------
+# The steps
+# ---------------------------------------------------------------------------------------------
+
+class Calibration(NamedTuple):
+    """Change rates before and after, judged on the batch held back.
+
+    `definition` is the changed definition, None where it stays as it is, `changes` says what
+    changed in it, and `difference` is that of the outputs before and after, over their std.
     """
-    size, available = 1, crew.threads()
-    if paths and arguments.device is None and processes.may_fork():
-        batch_size, _ = batches_of(len(paths), arguments.batch_size, arguments.batches)
-        size = crew.processes(batch_size, arguments.processes)
-    if size > 1:
-        # before Caffe is loaded
-        crew.limit_threads(max(1, min(available, crew.processors() // size)))
-    definition = read_definition(arguments.prototxt)
-    mixing = mixing_layer(
-        working_definition(definition, 1)[0]) if size > 1 else None
-    notes = []
-    if mixing is not None:
-        notes.append("one process does all: images of a batch may meet in layer %s" % mixing)
-        size = 1
-        crew.limit_threads(available)
+    before: ChangeRates
+    after: ChangeRates
+    statistics: Dict[str, Statistics]
+    definition: Any = None
+    changes: Sequence[str] = ()
+    difference: Optional[float] = None
 
-    def work(own: Crew) -> Any:
-        return function(Session(own, definition, arguments, paths, notes), arguments, output)
-    return crew.together(size, work)
+
+def calibrate_session(session: Session, rng: np.random.Generator, keep_function: bool,
+                      options: Options) -> Calibration:
+    """Make all layers train at one rate; `keep_function` of a net with loaded weights, exactly.
+
+    A net from scratch keeps its definition, unless layers hold its rates apart so that it needs
+    auxiliary Power layers.  Warns of rates that are apart all the same.
+    """
+    if keep_function and options.output_std is not None:
+        raise ValueError("the outputs of a net whose function is kept keep their scale: "
+                         "output_std (--output-std) is for nets from scratch")
+    if keep_function:
+        before = measure(session.working, session.batches, session.rate_batches(), rng,
+                         literal=options.literal)
+        graph = ScaleGraph(session.working)
+        solution = between.solve(graph, before, [one.layer.name for one in graph.affine])
+        done = rescale_exactly(session, graph, solution, before, rng, options)
+    else:
+        done = _calibrate_from_scratch(session, rng, options)
+    _warn_of_rates_apart(done.after.by_layer())
+    return done
+
+
+def _calibrate_from_scratch(session: Session, rng: np.random.Generator,
+                            options: Options) -> Calibration:
+    working = session.working
+    before = between.equalize(working, session.batches, session.count, rng, options)
+    statistics: Dict[str, Statistics] = {}
+    after = session.judge(rng, options.literal, statistics)
+    if options.alpha < 1 or spread(after.by_layer()) < APART:
+        return Calibration(before, after, statistics)
+    rates = measure(working, session.batches, session.rate_batches(), rng,
+                    len(working.outputs) > 1, options.literal)
+    graph, _ = between.solve_from_scratch(working, rates, between.output_std(working))
+    solution = between.solve(graph, rates, [one.layer.name for one in graph.affine])
+    if not solution.auxiliary:
+        return Calibration(before, after, statistics)
+    done = rescale_exactly(session, graph, solution, before, rng, options)
+    return done._replace(difference=None)  # a net from scratch has no function to keep
+
+
+def _warn_of_rates_apart(rates: Dict[str, float]) -> None:
+    live = {name: rate for name, rate in rates.items() if rate > 0 and np.isfinite(rate)}
+    if spread(live) > APART:
+        middle = np.exp(np.mean(np.log(list(live.values()))))
+        log.warning("change rates are still apart on the images held back: %s", ", ".join(
+            "layer '%s' has %.2g times the mean rate" % (name, rate / middle)
+            for name, rate in live.items() if abs(np.log(rate / middle)) > np.log(APART) / 2))
+    idle = [name for name, rate in rates.items() if rate == 0]
+    if idle:
+        log.warning("the weights of %s get no gradient: rates of 0 do not count",
+                    ", ".join("layer '%s'" % name for name in idle))
+
+
+def rescale_exactly(session: Session, graph: ScaleGraph, solution: between.Solution,
+                    before: ChangeRates, rng: np.random.Generator,
+                    options: Options) -> Calibration:
+    """Give blobs the scales of a solution without changing the function.
+
+    The outputs on the batch held back are compared with those before, and rates are measured there,
+    in a net of the changed definition where it has to change.  The session goes on with that.
+    """
+    working = session.working
+    working.load(session.batches, session.check)
+    working.forward()
+    expected = {name: np.array(working.blob(name).data) for name in working.outputs}
+    solution = solution._replace(log_scales=options.alpha * solution.log_scales)
+    between.apply_to_weights(graph, solution.log_scales)
+    definition, changes = rewritten(session.definition, graph, solution)
+    if changes:
+        session.working = session.build(definition)
+        copy_weights(working.net, session.working.net)
+    session.working.load(session.batches, session.check)
+    session.working.forward()
+    difference = worst_difference(
+        expected, {name: session.working.blob(name).data for name in expected})
+    statistics: Dict[str, Statistics] = {}
+    after = session.judge(rng, options.literal, statistics)
+    return Calibration(before, after, statistics, definition if changes else None, changes,
+                       difference)

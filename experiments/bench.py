@@ -7,7 +7,6 @@ measured in the same run.  Change rates (paper, equation 2) are measured on othe
 """
 import argparse
 import contextlib
-import functools
 import logging
 import os
 import sys
@@ -18,19 +17,15 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 import numpy as np
 import psutil
 
-from ddinit import argument_types, caffe_net, change_rates, files, processes, results
-from ddinit.caffe_net import WorkingNet
-from ddinit.prototxt import (
-    import_caffe,
-    read_definition,
-    spare_weight_gradients,
-    working_definition,
-)
-from ddinit.scales import ScaleGraph
+from ddinit import argument_types, change_rates, files, processes, results
+from ddinit.caffemodel import load_weights
+from ddinit.images import ImageBatches, find_images
+from ddinit.net import open_net
+from ddinit.session import MEAN
 
 log = logging.getLogger("bench")
 MODELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models")
-MEAN = (104.0, 117.0, 123.0)
+BATCH_SIZE = 16
 
 
 class Case(NamedTuple):
@@ -135,20 +130,14 @@ def _held(process: Any) -> int:
 
 
 def forward_seconds(net: str, data: str) -> float:
-    """Seconds of one forward of 160 images in batches of 16, once warm; in a child process.
-
-    Caffe is as it comes: with a BLAS of its own, if it has one.
-    """
-    import_caffe(own_blas=True)
-    working, image = working_definition(read_definition(net), 16)
-    measured = WorkingNet(working, image)
+    """Return the seconds of one forward of 160 images in batches of 16, once warm; in a child."""
+    measured = open_net(net, BATCH_SIZE)
     rng = np.random.default_rng(0)
     for layer in measured.affine:
         layer.weights[...] = rng.standard_normal(layer.weights.shape, np.float32) \
             / np.sqrt(layer.weights[0].size)
-    assert image is not None
-    feed = caffe_net.ImageFeed(caffe_net.find_images(data)[:16], image.shape, MEAN, 1.0)
-    feed.load(0, measured.blob(image.blob).data)
+    images = ImageBatches(find_images(data)[:BATCH_SIZE], measured.inputs[0], MEAN, 1.0)
+    measured.load(images, 0)
     measured.forward()
     started = time.perf_counter()
     for _ in range(10):
@@ -157,20 +146,12 @@ def forward_seconds(net: str, data: str) -> float:
 
 
 def unseen_spread(net: str, weights: str, data: str) -> float:
-    """Largest over smallest change rate of the layers on other images; in a child process."""
-    working, image = working_definition(read_definition(net), 10)
-    spare_weight_gradients(working, change_rates.per_image)
-    measured = WorkingNet(working, image)
-    measured.net.copy_from(weights)
-    assert image is not None
-    feed = caffe_net.ImageFeed(caffe_net.find_images(data), image.shape, MEAN, 1.0)
-    graph, rng = ScaleGraph(measured), np.random.default_rng(0)
-    draws = []
-    for batch in range(feed.batches):
-        feed.load(batch, measured.blob(image.blob).data)
-        measured.forward()
-        draws.append(change_rates.measure(graph, rng))
-    return change_rates.spread(functools.reduce(change_rates.ChangeRates.joined, draws).by_layer())
+    """Return the largest over the smallest change rate on other images; in a child process."""
+    measured = open_net(net, 10)
+    load_weights(measured.net, weights)
+    images = ImageBatches(find_images(data), measured.inputs[0], MEAN, 1.0)
+    rates = change_rates.measure(measured, images, range(images.count), np.random.default_rng(0))
+    return change_rates.spread(rates.by_layer())
 
 
 if __name__ == "__main__":

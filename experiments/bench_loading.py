@@ -21,7 +21,7 @@ from classification import nets as classification_nets
 from classification.images import VocImages
 from ddinit import argument_types, files, processes, results
 from ddinit.argument_types import count
-from ddinit.caffe_net import choose_device, use_device
+from ddinit.net import choose_device, use_device
 from ddinit.prototxt import build_net, read_definition
 from detection import batches
 from detection import nets as detection_nets

@@ -25,9 +25,9 @@ from classification import nets
 from classification.images import VocImages, make_crops_to_score
 from ddinit import argument_types, files, processes, results
 from ddinit.argument_types import count, positive
-from ddinit.caffe_net import choose_device, use_device
+from ddinit.caffemodel import load_weights
+from ddinit.net import choose_device, use_device
 from ddinit.prototxt import build_net, caffe_messages, read_definition
-from ddinit.trained_weights import load_weights
 from training import options, run_folder
 from training.batches import Crops
 from training.loop import Plan, run

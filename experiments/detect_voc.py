@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from ddinit import argument_types, files, processes, results
 from ddinit.argument_types import count, positive
-from ddinit.caffe_net import choose_device, use_device
+from ddinit.caffemodel import check_filled, load_weights
+from ddinit.net import choose_device, use_device
 from ddinit.prototxt import build_net, caffe_messages, read_definition
-from ddinit.trained_weights import check_filled, load_weights
 from detection import batches, detections, nets, proposals
 from training import options, run_folder
 from training.loop import Folding, Plan, run

@@ -9,7 +9,6 @@ caffemodel, whose definition is the one beside it (kmeans.prototxt) if there is 
 the fillers of NET.
 """
 import argparse
-import functools
 import logging
 import os
 import sys
@@ -18,25 +17,15 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ddinit import (
-    argument_types,
-    caffe_net,
-    change_rates,
-    files,
-    processes,
-    rate_figure,
-    results,
-    session,
-)
-from ddinit.caffe_net import WorkingNet
-from ddinit.prototxt import read_definition, spare_weight_gradients, working_definition
-from ddinit.scales import ScaleGraph
-from ddinit.trained_weights import load_weights
+from ddinit import argument_types, change_rates, files, processes, rate_figure, results
+from ddinit.caffemodel import load_weights
+from ddinit.images import ImageBatches, batches_of, find_images
+from ddinit.net import WorkingNet, blas_threads, choose_device, open_net, use_device
+from ddinit.session import MEAN
 from training.starts import definition_of, write_filled
 
 log = logging.getLogger("figure1")
 
-MEAN = (104.0, 117.0, 123.0)
 MOST_A_BATCH = 10  # images
 FILLERS = "none"
 
@@ -50,7 +39,7 @@ class Rates(NamedTuple):
     @property
     def spread(self) -> float:
         """The largest rate over the smallest."""
-        return change_rates.spread(np.array(list(self.rates.values())))
+        return change_rates.spread(self.rates)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -87,13 +76,13 @@ def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
     names = [name for name, _ in arguments.named]
     if len(set(names)) < len(names):
         raise ValueError("two initialisations have one name: %s" % ", ".join(names))
-    paths = caffe_net.find_images(arguments.data)
+    paths = find_images(arguments.data)
     wanted = min(arguments.images, len(paths))
     if wanted < arguments.images:
         log.warning("%s: has %d images, not %d", arguments.data, len(paths), arguments.images)
     order = np.random.default_rng(arguments.seed).permutation(len(paths))
     chosen = [paths[index] for index in np.sort(order[:wanted])]
-    device = caffe_net.choose_device(arguments.cpu, arguments.gpu)
+    device = choose_device(arguments.cpu, arguments.gpu)
     found = {name: processes.in_child(measure, arguments.net, weights, chosen, arguments.seed,
                                     device) for name, weights in arguments.named}
     print("\n".join(table(found)))
@@ -118,25 +107,14 @@ def measure(net: str, weights: str, paths: Sequence[str], seed: int,
 
     Raises ValueError where the weights do not fit, or a layer has none.
     """
-    caffe_net.use_device(device)
-    size, batches = session.batches_of(len(paths), MOST_A_BATCH, len(paths))
-    working, image = working_definition(
-        read_definition(net if weights == FILLERS else definition_of(net, weights)), size)
-    assert image is not None  # because we asked for a batch
-    spare_weight_gradients(working, change_rates.per_image)
-    measured = WorkingNet(working, image)
-    _load(measured, net, weights, seed)
-    feed = caffe_net.ImageFeed(paths[:size * batches], image.shape, MEAN, 1.0)
-    graph, rng = ScaleGraph(measured), np.random.default_rng(seed)
-    draws = []
-    for batch in range(batches):
-        feed.load(batch, measured.blob(image.blob).data)
-        measured.forward()
-        draws.append(change_rates.measure(graph, rng))
-    found = functools.reduce(change_rates.ChangeRates.joined, draws)
-    layers = [scaled.layer.name for scaled in graph.owners()]
-    return Rates(dict(zip(layers, found.by_layer().tolist())),
-                 dict(zip(layers, found.variation().tolist())))
+    use_device(device)
+    size, batches = batches_of(len(paths), MOST_A_BATCH, len(paths))
+    working = open_net(net if weights == FILLERS else definition_of(net, weights), size)
+    _load(working, net, weights, seed)
+    images = ImageBatches(paths, working.inputs[0], MEAN, 1.0)
+    with blas_threads(working):
+        found = change_rates.measure(working, images, range(batches), np.random.default_rng(seed))
+    return Rates(found.by_layer(), found.variation())
 
 
 def _load(measured: WorkingNet, net: str, weights: str, seed: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ddinit import argument_types, processes, results
 from ddinit.argument_types import count
-from ddinit.caffe_net import choose_device
+from ddinit.net import choose_device
 from neighbours import montage
 from neighbours.features import FeatureNet, cached_features
 from neighbours.lists import read_paths

@@ -25,9 +25,9 @@ from google.protobuf import text_format
 
 from ddinit import argument_types, files, processes, results
 from ddinit.argument_types import count, positive
-from ddinit.caffe_net import choose_device
+from ddinit.caffemodel import load_weights
+from ddinit.net import choose_device
 from ddinit.prototxt import build_net, caffe_messages, read_definition
-from ddinit.trained_weights import load_weights
 from imagenet import nets
 from imagenet.images import dataset_of
 from imagenet.validation import Scores, training_means

@@ -15,9 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ddinit import files, processes
-from ddinit.caffe_net import read_image, use_device
-from ddinit.prototxt import build_net, read_definition, working_definition
-from ddinit.trained_weights import load_weights
+from ddinit.caffemodel import load_weights
+from ddinit.images import read_image
+from ddinit.net import use_device
+from ddinit.prototxt import build_net, image_layers, read_definition, working_definition
 from training.batches import MEAN
 from training.prefetch import Batch, Prefetcher
 from training.run_folder import sha256
@@ -80,12 +81,12 @@ def feature_definition(path: str, layer: str, batch_size: int) -> Any:
     The blob is as the whole net leaves it, after layers that work in place. Raises ValueError with
     the blobs of the net where `layer` is not one of them.
     """
-    working, image = working_definition(
-        read_definition(path), batch_size)
+    layers, image = image_layers(read_definition(path), batch_size)
+    assert image is not None  # because batch_size asks for one
+    working = working_definition(layers, [image])
     last = [number for number, one in enumerate(working.layer) if layer in one.top]
-    if not last or image is None or layer == image.blob:
-        blobs = dict.fromkeys(top for one in working.layer for top in one.top
-                              if image is None or top != image.blob)
+    if not last or layer == image.blob:
+        blobs = dict.fromkeys(top for one in working.layer for top in one.top if top != image.blob)
         raise ValueError("%s: the net has no blob '%s' to take features from. It has %s."
                          % (path, layer, ", ".join(blobs)))
     del working.layer[last[-1] + 1:]

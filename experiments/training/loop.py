@@ -21,9 +21,9 @@ from google.protobuf import text_format
 from tqdm import tqdm
 
 from ddinit import files, results
-from ddinit.caffe_net import use_device
+from ddinit.caffemodel import check_filled, load_weights
+from ddinit.net import copy_weights, use_device
 from ddinit.prototxt import build_net, caffe_messages, check_types, import_caffe, write_definition
-from ddinit.trained_weights import check_filled, copy_weights, load_weights
 from training import curve, nets, run_folder
 
 LOG_SECONDS = 60  # between two lines of progress where there is no terminal

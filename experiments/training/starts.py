@@ -1,9 +1,8 @@
 """Make the weights that trainings start from: what fillers draw, and the definition of a file."""
-import os
 from typing import Any
 
+from ddinit.caffemodel import check_filled, definition_beside
 from ddinit.prototxt import build_net, image_layers, import_caffe, read_definition
-from ddinit.trained_weights import check_filled
 from training.nets import AFFINE, input_net, plain
 
 FILLED = ("gaussian", "reference", "xavier", "msra")
@@ -11,12 +10,11 @@ GAUSSIAN_STD = 0.01  # of figure 1's random weights
 
 
 def definition_of(net: str, weights: str) -> str:
-    """Return the definition that belongs to `weights`: OUT.prototxt beside them, or `net`.
+    """Return the definition that was written with `weights`, or `net` where there is none.
 
     magic_init.py writes one where scaling between layers has to change the definition.
     """
-    beside = os.path.splitext(weights)[0] + ".prototxt"
-    return beside if os.path.exists(beside) else net
+    return definition_beside(weights) or net
 
 
 def write_filled(net: str, output: str, method: str, seed: int) -> None:

@@ -5,10 +5,10 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 import cv2
 import numpy as np
-from toy_nets import image_input, layer
+from toy_nets import image_input, layer, net_of, parsed, squared_gradients
 
 import magic_init
-from ddinit.prototxt import caffe_messages, import_caffe
+from ddinit.prototxt import caffe_messages, import_caffe, upgrade
 
 SIDE = 16
 MEAN = (104.0, 117.0, 123.0)
@@ -60,6 +60,40 @@ def pixels(pattern: str, height: int = SIDE, width: int = SIDE, mean: Any = MEAN
     return np.array([scale * (cv2.resize(cv2.imread(os.path.join(folder, name)), (width, height))
                               .astype(np.float64) - mean).transpose(2, 0, 1)
                      for name in sorted(os.listdir(folder))])
+
+
+def write_hdf5(path: str, data: np.ndarray) -> None:
+    """Write datasets 'data' and, of zeros, 'label' with Caffe's own HDF5Output layer."""
+    caffe = import_caffe()
+    definition = path + ".prototxt"
+    shape = " ".join("dim: %d" % one for one in data.shape)
+    with open(definition, "w") as file:
+        file.write(layer("in", "Input", "", "a b", "input_param { shape { %s } shape { dim: %d } }"
+                         % (shape, len(data)))
+                   + layer("out", "HDF5Output", "a b", "", "hdf5_output_param { file_name: '%s' }"
+                           % path).replace("top: 'out'", ""))
+    net = caffe.Net(definition, caffe.TEST)
+    net.blobs["a"].data[...] = data
+    net.forward()
+    del net  # closes the file
+
+
+def own_data_layer(kind: str, folder: str, images: str) -> str:
+    """The prototxt of a layer, ImageData or HDF5, that feeds a pattern's images in batches of 4."""
+    where = os.path.dirname(images)
+    listing = os.path.join(folder, "list.txt")
+    if kind == "ImageData":
+        with open(listing, "w") as file:
+            file.write("".join("%s 0\n" % os.path.join(where, name)
+                               for name in sorted(os.listdir(where))))
+        return layer("data", "ImageData", "", "data label", "transform_param { mean_value: 104 "
+                     "mean_value: 117 mean_value: 123 } image_data_param { source: '%s' "
+                     "batch_size: 4 new_height: %d new_width: %d }" % (listing, SIDE, SIDE))
+    write_hdf5(os.path.join(folder, "images.h5"), pixels(images).astype(np.float32))
+    with open(listing, "w") as file:
+        file.write(os.path.join(folder, "images.h5") + "\n")
+    return layer("data", "HDF5Data", "", "data label",
+                 "hdf5_data_param { source: '%s' batch_size: 4 }" % listing)
 
 
 def run(capsys: Any, folder: Any, definition: str, *options: str, name: str = "out",
@@ -118,6 +152,25 @@ def stored_weights(caffemodel: str) -> Dict[str, List[np.ndarray]]:
         net.ParseFromString(file.read())
     return {one.name: [np.array(blob.data, np.float32).reshape(tuple(blob.shape.dim))
                        for blob in one.blobs] for one in net.layer if one.blobs}
+
+
+def rates_on(definition: str, caffemodel: str, images: np.ndarray,
+             draws: int = 0) -> Dict[str, float]:
+    """Equation 2 for every layer, from Caffe's gradients of single images and outputs."""
+    alone = net_of(upgrade(parsed(definition)), 1)
+    stored = stored_weights(caffemodel)
+    for one in alone.layers:
+        for blob, values in zip(one.blobs, stored.get(one.name, [])):
+            blob.data[...] = values
+    squares = squared_gradients(alone, images, draws)
+    return {one.name: float(np.sqrt(squares[one.name].sum() / np.square(
+        one.weights, dtype=np.float64).sum())) for one in alone.owners()}
+
+
+def spread_on(definition: str, caffemodel: str, images: np.ndarray, draws: int = 0) -> float:
+    """The largest over the smallest rate that a caffemodel has on some images."""
+    rates = rates_on(definition, caffemodel, images, draws).values()
+    return max(rates) / min(rates)
 
 
 def remove_layers(caffemodel: str, path: str, *names: str) -> str:

@@ -8,12 +8,25 @@ import sys
 import cv2
 import numpy as np
 import pytest
-from initialised import BODY, CONV, DATA, RELU, TOY, here, remove_layers, run, write_images
-from toy_nets import image_input, layer
+from initialised import (
+    BODY,
+    CONV,
+    DATA,
+    RELU,
+    TOY,
+    bytes_of,
+    here,
+    remove_layers,
+    run,
+    write_images,
+)
+from toy_nets import image_input, layer, parsed
 
 import magic_init
 from ddinit import processes
-from ddinit.prototxt import caffe_messages
+from ddinit.caffemodel import mark
+from ddinit.prototxt import build_net, caffe_messages
+from ddinit.weights import KINDS
 
 OLD = b"precious"
 
@@ -66,7 +79,7 @@ def refused(capsys, tmp_path, images, monkeypatch):
     (TOY.replace("num_output: 12", "num_outputs: 12"), r"net.prototxt: .*line \d+.*num_outputs"),
     (TOY.replace("'Dropout'", "'Dropuot'"), r"layer 'drop3': .*'Dropuot'"),
     (DATA + layer("a", "Convolution", "nowhere", "", CONV % (2, "")), r"layer 'a': .*'nowhere'"),
-    (DATA + layer("a", "ReLU", "data"), r"net.prototxt: no layer has weights"),
+    (DATA + layer("a", "ReLU", "data"), r"no layer of the net has weights to initialize"),
     (BODY, r"exactly one input blob .* has none"),
     (image_input(1, 7, 8, 8) + layer("a", "Convolution", "data", "", CONV % (2, "")),
      r"exactly one input.*'data' \[1, 7, 8, 8\]"),
@@ -82,6 +95,57 @@ def refused(capsys, tmp_path, images, monkeypatch):
         "legacy without shape"])
 def test_definitions_that_cannot_be_used_are_named(refused, text, message):
     assert re.search(message, refused(text))
+
+
+UNKNOWN_SIZE = {
+    "database": (layer("shop", "Data", "", "data label", "data_param { source: '/nowhere/lmdb' "
+                       "batch_size: 9 }"), "layer 'shop': its source /nowhere/lmdb is not there"),
+    "list": (layer("shop", "ImageData", "", "data label", "image_data_param { source: 'list' }"),
+             "layer 'shop': its source list is not there .relative paths count from /"),
+    "type": (layer("reader", "PairedPictures", "", "data label"),
+             "layer 'reader': this Caffe has no layer type 'PairedPictures'"),
+    "module": (layer("mine", "Python", "", "data label",
+                     "python_param { module: 'absent' layer: 'Own' }"),
+               "layer 'mine': no Python layer 'Own' in module 'absent' .No module named"),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN_SIZE)
+def test_data_layers_that_are_not_there_are_named_with_the_way_out(refused, kind):
+    text, message = UNKNOWN_SIZE[kind]
+    text += BODY + layer("loss", "SoftmaxWithLoss", "fc4 label")
+    said = refused(text)
+    assert re.search(message, said)
+    assert "only the size of its images is wanted" in said
+    assert "--size HEIGHT WIDTH" in said and "Input layer" in said
+    said = refused(text, data=None)
+    assert re.search(message, said)
+    assert "give images with --data" in said
+
+
+def test_a_database_with_a_crop_needs_no_look_into_it(capsys, tmp_path, images, monkeypatch):
+    monkeypatch.setattr(processes, "in_child", here)
+    text = UNKNOWN_SIZE["database"][0].replace("data_param", "transform_param { crop_size: 16 } "
+                                               "data_param") + BODY
+    assert run(capsys, tmp_path, text, "-d", images).status == 0
+
+
+@pytest.mark.parametrize("solver, message", [
+    ("net: 'gone.prototxt'", r"net.prototxt: a solver's definition, and its net gone.prototxt is "
+     r"not there: give the net's prototxt"),
+    ("base_lr: 0.1", r"net.prototxt: a solver's definition, and it names no net"),
+    ("net_param { name: 'x' }", r"net.prototxt: the definition has no layers"),
+], ids=["gone", "none", "empty"])
+def test_solvers_without_a_net_are_named(refused, solver, message):
+    assert re.search(message, refused(solver, "-q"))
+
+
+def test_a_written_out_batch_that_the_images_do_not_fill_is_told_with_its_layer(refused):
+    text = DATA + layer("flat", "Reshape", "data", "", "reshape_param { shape { dim: 10 dim: -1 } }"
+                        ) + layer("fc", "InnerProduct", "flat", "",
+                                  "inner_product_param { num_output: 2 }")
+    assert "layer 'flat' wants 10 images a batch, and there are 8" in refused(
+        text, "-q")
 
 
 def test_a_definition_that_is_not_there_or_no_text_is_named(tmp_path, capsys, images, monkeypatch):
@@ -184,6 +248,28 @@ def test_files_that_are_no_caffemodels_are_named(refused, caffemodel, tmp_path, 
     assert "bad.caffemodel" in refused(TOY, "-l", str(path))
 
 
+def test_hdf5_weights_of_another_net_are_named(refused, tmp_path):
+    net = build_net(parsed(TOY))
+    path = str(tmp_path / "weights.caffemodel")
+    net.save_hdf5(path)
+    message = refused(re.sub(r"(conv\d|fc\d)", r"x\1", TOY), "-l", path)
+    assert "weights.caffemodel" in message and "xconv1" in message
+
+
+def test_a_definition_that_was_written_for_other_weights_is_refused(capsys, tmp_path, images,
+                                                                  caffemodel):
+    prototxt, weights = tmp_path / "old.prototxt", tmp_path / "old.caffemodel"
+    weights.write_bytes(bytes_of(caffemodel))
+    prototxt.write_text(mark(caffemodel) + TOY)
+    command = [str(prototxt), "--load", str(weights), "--inspect", "-q", "--cpu", "-d", images]
+    assert magic_init.main(command) == 0
+    weights.write_bytes(bytes_of(caffemodel) + b"\x0a\x00")
+    capsys.readouterr()
+    assert magic_init.main(command) == 2
+    assert "old.prototxt was written for other weights than" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # a user would see it as further lines
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("options", [(), ("-cs",)], ids=["", "calibrated"])
 def test_weights_that_are_not_finite_are_told_with_their_layer(refused, caffemodel, tmp_path, value,
@@ -213,6 +299,31 @@ def test_images_that_are_missing_or_unreadable_are_named(refused, tmp_path, imag
     assert "broken.jpg: not an image" in refused(TOY, data=str(folder))
 
 
+def test_lists_and_patterns_without_images_are_named(refused, tmp_path, images):
+    listing = tmp_path / "list.txt"
+    for text, message in (("", "list.txt: the list names no images"),
+                          ("gone.png 3\n", "list.txt: its image gone.png 3 is not there")):
+        listing.write_text(text)
+        assert message in refused(TOY, data=str(listing))
+    assert "gone.png: no images there" in refused(TOY, "-d", images, "gone.png", data=None)
+
+
+@pytest.mark.parametrize("change, message", [
+    ("missing", "mean.npy: cannot read the mean"), ("text", "mean.npy: not a mean image"),
+    ("shape", "mean.npy: a mean has 1 or 3 channels, this one has the shape .16, 16, 3."),
+    ("five", "mean.npy: a mean has 1 or 3 channels"),
+    ("pickle", "mean.npy: not a mean image")])
+def test_means_that_are_none_are_named(refused, tmp_path, change, message):
+    path = tmp_path / "mean.npy"
+    if change == "text":
+        path.write_text("mean")
+    elif change == "pickle":
+        np.save(str(path), np.array([{}]), allow_pickle=True)
+    elif change != "missing":
+        np.save(str(path), np.zeros({"shape": (16, 16, 3), "five": 5}[change]))
+    assert re.search(message, refused(TOY, "--mean", str(path)))
+
+
 def test_without_images_a_net_has_to_feed_itself(refused):
     assert "--data" in refused(TOY, data=None)
 
@@ -223,7 +334,7 @@ def test_constant_images_leave_finite_weights_and_a_warning(capsys, tmp_path, mo
     folder.mkdir()
     for number in range(4):
         cv2.imwrite(str(folder / ("%d.png" % number)), np.full((20, 20, 3), 90, np.uint8))
-    for number, kind in enumerate(magic_init.TYPES):
+    for number, kind in enumerate(KINDS):
         found = run(capsys, tmp_path, TOY.replace("pad: 1 ", ""), "-d", str(folder), "-cs", "-t",
                     kind, name="out%d" % number)
         assert found.status == 0, found.err
@@ -282,6 +393,51 @@ def test_places_that_cannot_be_written_are_named_before_any_work(tmp_path, capsy
                                 *options]) == 2
         assert place in capsys.readouterr().err
     assert os.listdir(str(tmp_path)) == ["net.prototxt"]
+
+
+def test_weights_are_not_written_under_the_name_of_their_own_definition(capsys, tmp_path, images):
+    (tmp_path / "net.prototxt").write_text(TOY)
+    assert magic_init.main([str(tmp_path / "net.prototxt"), str(tmp_path / "new.prototxt"), "-d",
+                            images, "--cpu", "-q"]) == 2
+    assert "give OUTPUT a name like new.caffemodel" in capsys.readouterr().err
+    assert os.listdir(str(tmp_path)) == ["net.prototxt"]
+
+
+def test_a_report_is_not_written_over_the_definition_beside_output(refused, tmp_path):
+    assert "out.prototxt would be written over" in refused(TOY, "--report",
+                                                           str(tmp_path / "out.prototxt"))
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--inspect"], "--inspect needs the weights to measure"),
+    (["out", "--inspect", "--load", "net.prototxt"], "--inspect writes no weights"),
+    (["--inspect", "-cs", "--load", "net.prototxt"], "--inspect writes no weights"),
+    ([], "the OUTPUT to write is missing"),
+    (["out", "--load", "gone"], "gone: no such file"),
+    (["out", "surplus"], "unrecognized arguments: surplus"),
+    (["out", "-d", "x.png", "--surplus"], "unrecognized arguments: --surplus"),
+], ids=" ".join)
+def test_commands_that_contradict_themselves_are_told(capsys, tmp_path, monkeypatch, words,
+                                                      message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.prototxt").write_text(TOY)
+    try:
+        assert magic_init.main(["net.prototxt", *words]) == 2
+    except SystemExit as end:
+        assert end.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and message in said
+    assert os.listdir(str(tmp_path)) == ["net.prototxt"]
+
+
+def test_inspecting_weights_that_lack_a_layer_is_told(capsys, tmp_path, images, caffemodel,
+                                                      monkeypatch):
+    monkeypatch.setattr(processes, "in_child", here)
+    (tmp_path / "net.prototxt").write_text(TOY)
+    part = remove_layers(caffemodel, str(tmp_path / "part.caffemodel"), "fc4")
+    assert magic_init.main([str(tmp_path / "net.prototxt"), "--inspect", "--load", part, "-d",
+                            images, "--cpu"]) == 2
+    assert "part.caffemodel has no weights for layer 'fc4'" in capsys.readouterr().err
 
 
 def test_the_definition_is_never_overwritten(capsys, tmp_path, images):

@@ -10,6 +10,9 @@ Both are made of two blocks of channels that Scale layers multiply, so that thei
 `carries` lists what the table must let through.  Whatever it lets through must be what Caffe
 computes; and where it lets no uniform scale through, Caffe's layer must really not be homogeneous,
 or the case says why the table is more careful.
+
+The same cases show whether `separable` is right: a layer that it says computes each image by itself
+must give for one image alone what it gives for it in a batch.
 """
 from typing import Any, Dict, List, NamedTuple, Optional
 
@@ -17,15 +20,15 @@ import numpy as np
 import pytest
 from toy_nets import fill, image_input, layer, parsed
 
-from ddinit.caffe_net import WorkingNet, affine_view
+from ddinit.net import WorkingNet, affine_view
 from ddinit.processes import in_child
-from ddinit.prototxt import import_caffe, working_definition
+from ddinit.prototxt import image_layers, import_caffe, output_blobs, separable
 from ddinit.scales import TABLE, Form, ScaleGraph
 
 # Layers that feed a net: nothing comes in, what they give keeps its scale, 1.
 SOURCES = {"Data", "DummyData", "HDF5Data", "ImageData", "Input", "MemoryData", "WindowData",
            "Parameter", "ContinuationIndicator"}
-# Losses and scores: cut off before scales are asked for (working_definition).
+# Losses and scores: cut off before scales are asked for (image_layers).
 CUT = {"Accuracy", "ContrastiveLoss", "CtcLoss", "EuclideanLoss", "HDF5Output", "HingeLoss",
        "InfogainLoss", "LabelsequenceAccuracy", "MultinomialLogisticLoss",
        "SigmoidCrossEntropyLoss", "Silence", "SoftmaxWithLoss"}
@@ -226,7 +229,7 @@ def net_of(case: Case) -> Any:
 
 
 def graph_of(definition: Any) -> ScaleGraph:
-    working = WorkingNet(definition, None)
+    working = WorkingNet(definition, [])
     working.outputs = []  # so that nothing but the layer holds scales
     fill(working)
     for one in working.layers:
@@ -320,7 +323,7 @@ def outcome(case: Case, mode: str) -> Outcome:
     graph = graph_of(net_of(case))
     log_scales = scales_of(graph, mode)
     said = None
-    if all(abs(value(equation, log_scales)) < 1e-9 for equation in graph.equations):
+    if all(abs(value(equation, log_scales)) < 1e-9 for equation, _ in graph.equations):
         said = {top: [float(np.exp(value(form, log_scales))) for count, form in graph.blobs[top]
                       for _ in range(count)] for top in case.tops.split()}
     before = outputs(case, graph.working)
@@ -334,10 +337,32 @@ def outcome(case: Case, mode: str) -> Outcome:
     return Outcome(said, found)
 
 
-def all_outcomes() -> Dict[str, Dict[str, Outcome]]:
-    """Run every case in every mode (in a child: Caffe may abort)."""
-    return {case.label: {mode: outcome(case, mode)
-                         for mode in case.modes} for case in RUN}
+def alone_as_together(case: Case) -> Optional[bool]:
+    """Whether every image alone comes to what it does in the batch; None if that is not claimed."""
+    definition = net_of(case)
+    if not separable(definition.layer):
+        return None
+    working = graph_of(definition).working
+    together = outputs(case, working)
+    inputs = [one.tops[0] for one in working.layers if one.type == "Input"]
+    images = {name: np.array(working.blob(name).data) for name in inputs}
+    for number in range(len(images[inputs[0]])):
+        for name in inputs:
+            working.blob(name).reshape(1, *images[name].shape[1:])
+            working.blob(name).data[...] = images[name][number]
+        working.net.reshape()
+        working.forward()
+        for top, expected in together.items():
+            found = working.blob(top).data
+            if found.shape[0] != 1 or not np.allclose(found[0], expected[number], atol=1e-5):
+                return False
+    return True
+
+
+def all_outcomes() -> Dict[str, Any]:
+    """Run every case in every mode, and image by image (in a child: Caffe may abort)."""
+    return {case.label: ({mode: outcome(case, mode) for mode in case.modes},
+                         alone_as_together(case)) for case in RUN}
 
 
 @pytest.fixture(scope="module")
@@ -360,13 +385,14 @@ def test_cases_have_labels_of_their_own():
 def test_losses_and_scores_are_cut_off(kind):
     definition = parsed(image_input(1, 3, 4, 4, name="data") + layer("relu", "ReLU", "data")
                         + layer("score", kind, "relu relu"))
-    working, _ = working_definition(definition, 2)
-    assert [one.name for one in working.layer] == ["data", "relu"]
+    layers, _ = image_layers(definition, 2)
+    assert [one.name for one in layers] == ["relu"]
+    assert output_blobs(layers) == ["relu"]
 
 
 @pytest.mark.parametrize("case", RUN, ids=[case.label for case in RUN])
 def test_the_table_says_what_the_layer_makes_of_scaled_input(case, outcomes):
-    found = outcomes[case.label]
+    found, _ = outcomes[case.label]
     let_through = [mode for mode in case.modes if found[mode].said is not None]
     assert let_through == case.carries.split()
     for mode in let_through:
@@ -379,3 +405,19 @@ def test_the_table_says_what_the_layer_makes_of_scaled_input(case, outcomes):
             assert live.any() or top == "mask"
     if "uniform" not in let_through:
         assert found["uniform"].found is None or case.careful
+
+
+# Types of which some parameters or bottoms make images meet, or whose first axis is not theirs.
+MEETING = {"ArgMax", "BatchReindex", "Clip", "Filter", "LSTM", "LSTMUnit", "RNN", "Reduction",
+           "Reverse"}
+
+
+@pytest.mark.parametrize("case", RUN, ids=[case.label for case in RUN])
+def test_what_counts_as_separable_computes_every_image_by_itself(case, outcomes):
+    _, alone = outcomes[case.label]
+    assert alone is not False
+    first_axis = any(word in case.parameters for word in (
+        "axis: 0", "dim: -1 dim", "num_axes: 0", "order: 1 order: 0", "{ order: 1 }",
+        "use_global_stats: false"))
+    from_the_end = "axis: -" in case.parameters and "axis: -1" not in case.parameters
+    assert (alone is None) == (case.type in MEETING or first_axis or from_the_end), case.label

@@ -17,16 +17,19 @@ from initialised import (
     here,
     pixels,
     plain_outputs,
+    rates_on,
     remove_layers,
     run,
+    spread_on,
     stored_weights,
     write_images,
 )
-from toy_nets import working_net
 
 import magic_init
-from ddinit import change_rates, processes, rate_figure, results, session
-from ddinit.scales import ScaleGraph
+from ddinit import processes, rate_figure, results
+from ddinit.prototxt import caffe_messages
+from ddinit.weights import KINDS
+from ddinit.within import normalization
 
 ROOT = os.path.dirname(os.path.abspath(magic_init.__file__))
 
@@ -60,24 +63,11 @@ def normal(prototxt, caffemodel, inputs, names, beta=0.1, rtol=2e-3):
         np.testing.assert_allclose(rows.std(axis=1), 1, rtol=rtol, err_msg=name)
 
 
-def spread_of(definition, caffemodel, inputs):
-    """The spread of change rates that a caffemodel has on other images."""
-    working = working_net(definition, len(inputs))
-    stored = stored_weights(caffemodel)
-    for one in working.affine:
-        for blob, values in zip(one.blobs, stored[one.name]):
-            blob.data[...] = values
-    working.blob("data").data[...] = inputs
-    working.forward()
-    rates = change_rates.measure(ScaleGraph(working), np.random.default_rng(77), losses=20000)
-    return change_rates.spread(rates.by_layer())
-
-
 # ---------------------------------------------------------------------------------------------
 # Within layers
 # ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", magic_init.TYPES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_outputs_of_every_channel_have_mean_beta_and_std_1(start, tmp_path, images, kind):
     found = start("-t", kind)
     assert found.status == 0
@@ -102,7 +92,7 @@ def test_bias_scale_and_mean_are_used(start, tmp_path, images):
 
 def test_convolutions_differ_by_type_and_fully_connected_layers_are_gaussian(start):
     first = {kind: stored_weights(start("-t", kind, name=kind).output)["conv1"][0]
-             for kind in magic_init.TYPES}
+             for kind in KINDS}
     assert (first["gaussian"] == first["elwise"]).all()
     kinds = ["gaussian", "pca", "zca", "kmeans", "rand"]
     for number, one in enumerate(kinds):
@@ -148,16 +138,27 @@ def test_without_within_data_driven_weights_are_white_as_they_come(start, tmp_pa
 
 @pytest.mark.parametrize("options", [(), ("--no-within",), ("-t", "kmeans"),
                                      ("--no-within", "-t", "pca")], ids=" ".join)
-def test_calibrated_layers_train_at_one_rate_on_other_images(start, tmp_path, options):
+def test_calibrated_layers_train_at_one_rate_on_other_images(start, tmp_path, images, options):
     other = pixels(write_images(str(tmp_path / "other"), 32, seed=9))
     before, after = start(*options), start("-cs", *options, name="calibrated")
     assert not os.path.exists(str(tmp_path / "calibrated.prototxt"))
-    assert after.report["spread_after"] < 1.1
-    assert after.report["spread_before"] == pytest.approx(before.report["spread_before"], rel=1e-6)
-    assert spread_of(TOY, after.output, other) < 1.6  # from 24 images
-    assert spread_of(TOY, before.output, other) > 5
-    assert max(one["rate_after"] for one in after.report["layers"]) == pytest.approx(
-        min(one["rate_after"] for one in after.report["layers"]), rel=0.1)
+    # rates of 5 outputs, from 24 images in all and 16 of them for the last step
+    assert spread_on(TOY, after.output, pixels(images)) < 1.3
+    assert spread_on(TOY, after.output, other) < 1.35
+    assert spread_on(TOY, before.output, other) > 5
+    # what the command itself measures has 24 random losses of 5 outputs
+    assert after.report["spread_after"] < 1.5
+    assert after.report["spread_before"] == pytest.approx(before.report["spread_before"], rel=0.3)
+
+
+def test_rates_in_the_report_are_those_of_caffes_gradients(start, images):
+    for options in ((), ("--literal",)):
+        found = start(*options)
+        expected = rates_on(TOY, found.output, pixels(images))
+        for name, rate in expected.items():
+            weights = found.layers[name]["size"] if options else 1
+            assert found.layers[name]["rate_after"] == pytest.approx(
+                rate / np.sqrt(weights), rel=0.3)
 
 
 def test_calibration_keeps_a_chains_outputs_and_reports_what_inner_layers_put_out(start, tmp_path,
@@ -172,12 +173,21 @@ def test_calibration_keeps_a_chains_outputs_and_reports_what_inner_layers_put_ou
     assert np.abs(two["conv1"].std() - 1) > 0.05
 
 
-def test_the_papers_schedule_leaves_what_ten_steps_of_a_quarter_leave(start):
-    at_once = start("-cs")
+@pytest.mark.parametrize("std", ["0.5", "3"])
+def test_outputs_get_the_std_that_is_asked_for(start, tmp_path, images, std):
+    found = start("-cs", "--output-std", std)
+    outputs = plain_outputs(str(tmp_path / "net.prototxt"), found.output, pixels(images))
+    assert outputs["fc4"].std() == pytest.approx(float(std), rel=0.2)
+    assert spread_on(TOY, found.output, pixels(images)) < 1.3
+
+
+def test_the_papers_schedule_leaves_what_ten_steps_of_a_quarter_leave(start, images):
+    before, at_once = start(name="before"), start("-cs")
     slowly = start("-cs", "--alpha", "0.25", "--iterations", "10", name="slow")
     left = 0.75 ** 10  # of log rates, by the definition of r_k
-    assert np.log(slowly.report["spread_after"]) == pytest.approx(
-        left * np.log(slowly.report["spread_before"]), abs=0.05)
+    inputs = pixels(images)
+    assert np.log(spread_on(TOY, slowly.output, inputs)) == pytest.approx(
+        left * np.log(spread_on(TOY, before.output, inputs)), abs=0.15)
     ones, others = stored_weights(at_once.output), stored_weights(slowly.output)
     for name in AFFINE:
         assert others[name][0].std() == pytest.approx(ones[name][0].std(), rel=0.25)
@@ -249,6 +259,34 @@ def test_a_folder_stands_for_the_images_in_it(start, capsys, tmp_path, images):
     assert bytes_of(found.output) == bytes_of(start().output)
 
 
+@pytest.mark.parametrize("where", ["unquoted pattern", "list", "list with labels", "parts"])
+def test_images_may_be_named_in_many_ways(start, capsys, tmp_path, images, where):
+    folder = os.path.dirname(images)
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+    listing = tmp_path / "list.txt"
+    listing.write_text("".join(path + (" 7" if "labels" in where else "") + "\n"
+                               for path in paths))
+    words = {"unquoted pattern": paths, "parts": [os.path.join(folder, "00*"),
+                                                  os.path.join(folder, "0[12]*")]}
+    found = run(capsys, tmp_path, TOY, "-bs", "8", "-d", *words.get(where, [str(listing)]), "-nit",
+                "3", name="named")
+    assert found.status == 0, found.err
+    assert bytes_of(found.output) == bytes_of(start().output)
+
+
+@pytest.mark.parametrize("form", ["number", "npy", "binaryproto"])
+def test_the_mean_may_be_a_number_or_a_file(start, tmp_path, form):
+    colour = (90, 90, 90) if form == "number" else (10, 200, 30)
+    picture = np.broadcast_to(np.reshape(colour, (3, 1, 1)), (3, 20, 30)).astype(np.float32)
+    blob = caffe_messages().BlobProto(num=1, channels=3, height=20, width=30,
+                                      data=picture.ravel())
+    np.save(str(tmp_path / "mean.npy"), picture)
+    (tmp_path / "mean.binaryproto").write_bytes(blob.SerializeToString())
+    word = "90" if form == "number" else str(tmp_path / ("mean." + form))
+    assert bytes_of(start("--mean", word).output) == bytes_of(
+        start("--mean", *map(str, colour), name="colour").output)
+
+
 def test_a_memory_limit_changes_no_bit_and_is_told(start):
     free, tight = start(), start("--mem-limit", "1", name="tight")
     assert free.report["notes"] == []
@@ -257,8 +295,7 @@ def test_a_memory_limit_changes_no_bit_and_is_told(start):
     free = start(definition=wide)
     tight = start("--mem-limit", "1", name="tight", definition=wide)
     assert bytes_of(free.output) == bytes_of(tight.output)
-    assert any("--mem-limit 1" in note for note in tight.report["notes"])
-    assert "--mem-limit 1" in tight.err
+    assert "--mem-limit 1" in tight.err and "--mem-limit" not in free.err
 
 
 def test_a_seed_repeats_bit_by_bit_and_another_differs(start):
@@ -277,7 +314,7 @@ def test_the_report_says_what_was_measured_and_how_to_repeat_it(start):
     report = found.report
     assert set(report) == {
         "command", "seed", "versions", "definition", "output", "type", "bias", "calibrated",
-        "images", "processes", "layers", "spread_before", "spread_after", "changes", "notes",
+        "images", "layers", "spread_before", "spread_after", "changes", "notes",
         "output_difference", "seconds"}
     assert set(report["layers"][0]) == {
         "name", "type", "weights", "size", "mean", "std", "dead", "rate_before", "rate_after",
@@ -286,8 +323,7 @@ def test_the_report_says_what_was_measured_and_how_to_repeat_it(start):
     assert [one["size"] for one in report["layers"]] == [8 * 27, 6 * 4 * 9, 12 * 6 * 49, 60]
     assert {"set up", "within layers", "between layers", "in all"} <= set(report["seconds"])
     assert {"magic_init", "python", "numpy", "caffe"} <= set(report["versions"])
-    assert all(one["variation_after"] >= 0 for one in report["layers"])
-    assert report["layers"][2]["variation_after"] > 0.2
+    assert all(one["variation_after"] > 0.005 for one in report["layers"])
 
 
 def test_the_table_has_a_row_for_every_layer(start):
@@ -299,7 +335,7 @@ def test_the_table_has_a_row_for_every_layer(start):
     assert lines[1].split()[1] == "zca"
     for line, one in zip(lines[1:5], found.report["layers"]):
         assert float(line.split()[-2]) == pytest.approx(one["rate_after"], rel=1e-3)
-    assert re.match(r"largest over smallest rate: [\d.]+ before, 1\.0\d* after$", lines[5])
+    assert re.match(r"largest over smallest rate: [\d.]+ before, 1\.\d* after$", lines[5])
     assert re.search(r"wrote .*out.caffemodel from 24 images in [\d.]+ s", found.err)
 
 
@@ -308,17 +344,12 @@ def test_quiet_says_nothing(start):
     assert (found.status, found.out, found.err) == (0, "", "")
 
 
-def test_the_figure_is_a_png(start, tmp_path):
-    path = tmp_path / "rates.png"
-    assert start("-cs", "--figure", str(path)).status == 0
-    assert bytes_of(str(path))[:8] == b"\x89PNG\r\n\x1a\n"
-    height, width = cv2.imread(str(path)).shape[:2]
-    assert width > height > 300
-
-
-def test_the_figure_can_be_drawn_again_from_the_report(start, tmp_path, capsys):
+def test_the_figure_is_a_png_that_can_be_drawn_again_from_the_report(start, tmp_path, capsys):
     paths = [str(tmp_path / name) for name in ("one.png", "two.png", "out.json")]
     assert start("-cs", "--figure", paths[0]).status == 0
+    assert bytes_of(paths[0])[:8] == b"\x89PNG\r\n\x1a\n"
+    height, width = cv2.imread(paths[0]).shape[:2]
+    assert width > height > 300
     assert rate_figure.main([paths[2], paths[1]]) == 0
     assert bytes_of(paths[0]) == bytes_of(paths[1])
     results.write_json(paths[2], {"rows": []})
@@ -350,28 +381,22 @@ def test_the_program_itself_initialises_caffenet_tiny_from_photographs(tmp_path)
     assert len(found.stdout.splitlines()) == 10
     with open(str(tmp_path / "tiny.json")) as file:
         report = json.load(file)
-    assert report["spread_after"] < 1.06 < report["spread_before"]
+    assert report["spread_after"] < 1.25 < report["spread_before"]
     assert sorted(os.listdir(str(tmp_path))) == ["photographs", "tiny.caffemodel", "tiny.json"]
     images = np.array([
         cv2.resize(cv2.imread(str(path)), (99, 99)).astype(np.float64).transpose(2, 0, 1)
         - np.reshape([104, 117, 123], (3, 1, 1)) for path in sorted(photographs.iterdir())])
     with open(os.path.join(ROOT, "models/caffenet_tiny/deploy.prototxt")) as file:
-        assert spread_of(file.read(), str(tmp_path / "tiny.caffemodel"), images) < 1.2
+        assert spread_on(file.read(), str(tmp_path / "tiny.caffemodel"), images, 10) < 1.35
 
 
-def test_batches_of_hand():
-    assert session.batches_of(20, 16, 10) == (10, 2)
-    assert session.batches_of(160, 16, 10) == (16, 10)
-    assert session.batches_of(3, 16, 10) == (3, 1)
-
-
-def test_normalisation_by_hand():
-    factor, shift, constant = magic_init.normalisation(
+def test_normalization_by_hand():
+    factor, shift, constant = normalization(
         np.array([2.0, -1.0, 5.0]), np.array([4.0, 4.0, 0.0]), 0.1)
     np.testing.assert_allclose(factor, [0.5, 0.5, 0.5])  # the constant one: as the others
     np.testing.assert_allclose(shift, [-0.9, 0.6, -2.4])
     np.testing.assert_array_equal(constant, [False, False, True])
-    factor, shift, constant = magic_init.normalisation(np.zeros(2), np.zeros(2), 0.1)
+    factor, shift, constant = normalization(np.zeros(2), np.zeros(2), 0.1)
     np.testing.assert_array_equal(factor, 1)
     assert constant.all()
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from ddinit import processes
-from ddinit.files import check_writable, replacing
+from ddinit.files import check_writable, read_text, replacing
 from ddinit.processes import ChildDied, command_line, in_child
 from ddinit.prototxt import caffe_messages, import_caffe
 
@@ -107,6 +107,47 @@ def test_places_that_cannot_be_written_are_named_and_devices_survive(tmp_path):
     assert os.listdir(str(tmp_path)) == []
 
 
+PATH = "b\u00e4ume/\u6d4b.png"
+
+
+@pytest.mark.parametrize("content", [
+    PATH.encode(), b"\xef\xbb\xbf" + PATH.encode(), PATH.encode("utf-16"),
+    b"\xff\xfe" + PATH.encode("utf-16-le"), b"\xfe\xff" + PATH.encode("utf-16-be"),
+], ids=["UTF-8", "UTF-8 with a mark", "UTF-16", "little-endian", "big-endian"])
+def test_text_is_read_in_every_encoding_of_unicode_without_its_mark(tmp_path, content):
+    (tmp_path / "text").write_bytes(content)
+    assert read_text(str(tmp_path / "text")) == PATH
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "latin-1", "shift-jis"])
+def test_paths_in_other_encodings_still_open_their_files(tmp_path, encoding):
+    name = {"latin-1": "b\u00e4ume", "shift-jis": "\u3042", "gbk": "\u6d4b\u8bd5"}[
+        encoding].encode(encoding)
+    with open(os.path.join(os.fsencode(str(tmp_path)), name), "wb") as file:
+        file.write(b"found")
+    (tmp_path / "list").write_bytes(name + b"\n")
+    (path,) = read_text(str(tmp_path / "list")).splitlines()
+    with open(os.path.join(str(tmp_path), path), "rb") as file:
+        assert file.read() == b"found"
+
+
+def test_bytes_that_look_like_half_a_utf_16_mark_are_read_all_the_same(tmp_path):
+    (tmp_path / "odd").write_bytes(b"\xff\xfea")
+    assert os.fsencode(read_text(str(tmp_path / "odd"))) == b"\xff\xfea"
+    (tmp_path / "cut").write_bytes(b"\xff\xfe\x00\xd8")  # half a pair
+    assert isinstance(read_text(str(tmp_path / "cut")), str)
+    (tmp_path / "empty").write_bytes(b"")
+    assert read_text(str(tmp_path / "empty")) == ""
+
+
+def test_text_that_cannot_be_read_is_named(tmp_path):
+    for path, message in ((tmp_path / "none", "No such file or directory"),
+                          (tmp_path, "Is a directory")):
+        with pytest.raises(ValueError) as error:
+            read_text(str(path))
+        assert str(error.value) == "%s: cannot read the file (%s)" % (path, message)
+
+
 # ---------------------------------------------------------------------------------------------
 # What ends a child.  The functions that run there are found by their names.
 # ---------------------------------------------------------------------------------------------
@@ -170,29 +211,7 @@ def chattering():
     print("a result")
 
 
-@pytest.fixture(params=["fork", "spawn"])
-def start(request, monkeypatch):
-    """Both ways of starting a child; which is taken depends on what the parent has loaded."""
-    monkeypatch.setattr(processes, "_start_method", lambda: request.param)
-    return request.param
-
-
-def test_a_parent_with_caffe_or_threads_is_not_forked(monkeypatch):
-    others, counted = threading.active_count() - 1, threading.active_count  # of other tests
-    monkeypatch.setattr(threading, "active_count", lambda: counted() - others)
-    monkeypatch.setitem(sys.modules, "caffe", None)
-    assert processes._start_method() == "spawn"
-    monkeypatch.delitem(sys.modules, "caffe")
-    assert processes._start_method() == "fork"
-    done = threading.Event()
-    thread = threading.Thread(target=done.wait)
-    thread.start()
-    assert processes._start_method() == "spawn"
-    done.set()
-    thread.join()
-
-
-def test_child_returns_its_answer_and_is_another_process(start):
+def test_child_returns_its_answer_and_is_another_process():
     child, arguments = in_child(answer, 1, "two", {"three": [3.0]})
     assert child != os.getpid()
     assert arguments == (1, "two", {"three": [3.0]})
@@ -200,14 +219,14 @@ def test_child_returns_its_answer_and_is_another_process(start):
 
 @pytest.mark.parametrize("error", [ValueError("no images"), FileNotFoundError(2, "gone", "net"),
                                    KeyboardInterrupt(), SystemExit(3)], ids=repr)
-def test_errors_of_a_child_are_raised_here(start, error):
+def test_errors_of_a_child_are_raised_here(error):
     with pytest.raises(type(error)) as raised:
         in_child(raising, error)
     assert raised.value.args == error.args
     assert "in raising" in str(raised.value.__cause__)  # where it happened can be found
 
 
-def test_errors_and_answers_that_cannot_be_sent_are_still_told(start):
+def test_errors_and_answers_that_cannot_be_sent_are_still_told():
     with pytest.raises(ValueError, match="file:3 is wrong"):
         in_child(raising_stubborn)
     with pytest.raises(RuntimeError, match="lock"):
@@ -217,13 +236,13 @@ def test_errors_and_answers_that_cannot_be_sent_are_still_told(start):
 @pytest.mark.parametrize("number, message", [
     (signal.SIGKILL, "the work was killed, most likely because memory ran out"),
     (signal.SIGSEGV, "Caffe crashed (SIGSEGV)"), (signal.SIGABRT, "Caffe crashed (SIGABRT)")])
-def test_a_killed_child_is_one_line(start, number, message):
+def test_a_killed_child_is_one_line(number, message):
     with pytest.raises(ChildDied) as error:
         in_child(killing_itself, number)
     assert str(error.value) == message
 
 
-def test_what_a_killed_child_leaves_behind_is_not_waited_for(start, tmp_path):
+def test_what_a_killed_child_leaves_behind_is_not_waited_for(tmp_path):
     before = time.time()
     with pytest.raises(ChildDied, match="the work was killed"):
         in_child(killed_before_its_own_child, str(tmp_path / "left"))
@@ -246,7 +265,7 @@ def test_an_abort_is_caffes_own_check_on_one_line(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_libraries_are_silent_and_the_program_is_heard(capfd, start, monkeypatch):
+def test_libraries_are_silent_and_the_program_is_heard(capfd, monkeypatch):
     # other tests' commands leave handlers whose streams are closed by now
     monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(sys.stderr)])
     in_child(chattering)
@@ -276,16 +295,15 @@ def stopping_on_signals(path):
     return "stopped by %d" % caught[0]
 
 
-def program(start, function, path):
+def program(function, path):
     """Run a function in a child as the commands of this project do."""
-    processes._start_method = lambda: start
     return command_line(lambda arguments: print(in_child(globals()[function], arguments)), path,
                         "program")
 
 
-def started(start, function, path):
+def started(function, path):
     """Start this file as a program; return it and its child's id."""
-    process = subprocess.Popen([sys.executable, __file__, start, function, str(path)],
+    process = subprocess.Popen([sys.executable, __file__, function, str(path)],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                universal_newlines=True)
     give_up = time.time() + 60
@@ -309,25 +327,25 @@ def ends(process_id):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_interrupt_a_child_that_does_not_care(tmp_path, start, number):
-    process, child = started(start, "sleeping", tmp_path / "child")
+def test_signals_interrupt_a_child_that_does_not_care(tmp_path, number):
+    process, child = started("sleeping", tmp_path / "child")
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "program: interrupted\n")
+    assert (process.returncode, out, err) == (128 + number, "", "program: interrupted\n")
     assert ends(child)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_child_may_stop_on_a_signal_in_its_own_way(tmp_path, start, number):
-    process, child = started(start, "stopping_on_signals", tmp_path / "child")
+def test_a_child_may_stop_on_a_signal_in_its_own_way(tmp_path, number):
+    process, child = started("stopping_on_signals", tmp_path / "child")
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "stopped by %d\n" % number, "")
     assert ends(child)
 
 
-def test_the_child_dies_with_its_parent(tmp_path, start):
-    process, child = started(start, "sleeping", tmp_path / "child")
+def test_the_child_dies_with_its_parent(tmp_path):
+    process, child = started("sleeping", tmp_path / "child")
     process.kill()
     process.communicate()
     assert ends(child)
@@ -358,11 +376,12 @@ def test_errors_that_users_can_cause_are_one_line_and_status_2(capsys, error, me
     assert capsys.readouterr() == ("", message)
 
 
-def test_status_is_the_functions_and_interrupts_are_130(capsys):
+def test_status_is_the_functions_and_that_of_a_signal_is_128_more(capsys):
     assert command_line(lambda _: None, None, "tool") == 0
     assert command_line(lambda status: status, 1, "tool") == 1
     assert command_line(raising, KeyboardInterrupt(), "tool") == 130
-    assert capsys.readouterr().err == "tool: interrupted\n"
+    assert command_line(raising, processes.Interrupted(signal.SIGTERM), "tool") == 143
+    assert capsys.readouterr().err == 2 * "tool: interrupted\n"
 
 
 def test_errors_of_the_program_itself_are_not_hidden():

@@ -8,7 +8,10 @@ from ddinit.processes import ChildDied, in_child
 from ddinit.prototxt import (
     build_net,
     caffe_messages,
+    check_databases,
     check_types,
+    fixed_batch,
+    image_layers,
     import_caffe,
     output_blobs,
     read_definition,
@@ -54,6 +57,12 @@ def messages():
     return caffe_messages()
 
 
+def working_of(definition, batch_size, size=None):
+    """The net to measure on with images fed to it, and their input."""
+    layers, image = image_layers(definition, batch_size, size)
+    return working_definition(layers, [image]), image
+
+
 def saved_by_caffe(path, folder):
     """Layers of the net as Caffe read them (its splits left out) and the shapes of its blobs."""
     caffe = import_caffe()
@@ -94,7 +103,7 @@ def test_upgraded_definition_is_what_caffe_makes_of_the_original(tmp_path, text)
     write_definition(read_definition(original), upgraded)
     with open(upgraded) as file:
         assert "layers {" not in file.read()
-    theirs, ours = in_child(both_saved_by_caffe, original, upgraded, str(tmp_path))
+    theirs, ours = both_saved_by_caffe(original, upgraded, str(tmp_path))
     assert ours == theirs
     assert theirs[0]
 
@@ -134,7 +143,7 @@ def test_upgrade_leaves_its_argument_alone(tmp_path):
     definition = read(tmp_path, V1)
     before = definition.SerializeToString()
     upgrade(definition)
-    working_definition(definition, 2)
+    working_of(definition, 2)
     assert definition.SerializeToString() == before
 
 
@@ -164,12 +173,67 @@ def test_unreadable_definition_is_one_line_that_names_the_file(tmp_path, text, m
 
 def test_missing_folder_or_binary_definition_is_one_line(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80" * 9)
+    (tmp_path / "picture").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
     for path, message in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory"),
-                          (tmp_path / "binary", "it is not text")):
+                          (tmp_path / "binary", "not a net definition"),
+                          (tmp_path / "picture", "not a net definition")):
         with pytest.raises(ValueError) as error:
             read_definition(str(path))
         assert str(error.value).startswith(str(path) + ": ")
         assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be-bom", "gbk",
+                                      "latin-1", "cr lf"])
+def test_definitions_of_any_encoding_are_read(tmp_path, encoding):
+    comment = {"gbk": "# \u8fd9\u662f\u6d4b\u8bd5\n", "latin-1": "# Gr\u00f6\u00dfe\n"}.get(
+        encoding, "# \u00f6 \u6d4b\n")
+    text = comment + INPUT + CONV % ("c", "data", "c")
+    content = {"utf-16-be-bom": b"\xfe\xff" + text.encode("utf-16-be"),
+               "cr lf": text.replace("\n", "\r\n").encode()}
+    path = tmp_path / "net.prototxt"
+    path.write_bytes(content[encoding] if encoding in content else text.encode(encoding))
+    assert names(read_definition(str(path)).layer) == ["data", "c"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Solvers
+# ---------------------------------------------------------------------------------------------
+
+NET = INPUT + CONV % ("c", "data", "c")
+
+
+@pytest.mark.parametrize("solver", [
+    "net: 'net.prototxt'", "net: 'models/of/another/computer/net.prototxt'",
+    "train_net: 'net.prototxt' test_net: 'gone' test_iter: 1",
+    "net_param { %s }" % NET, "train_net_param { %s } net: 'gone'" % NET,
+    "base_lr: 0.1 type: 'Adam' net: 'net.prototxt'",
+], ids=["beside", "elsewhere", "train_net", "inside", "inside to train", "with options"])
+def test_a_solvers_net_is_read_in_its_place(tmp_path, solver):
+    write(tmp_path, NET)
+    path = write(tmp_path, solver, "solver.prototxt")
+    assert names(read_definition(path).layer) == ["data", "c"]
+
+
+def test_a_solvers_net_may_be_relative_to_where_the_command_runs(tmp_path, monkeypatch):
+    (tmp_path / "solvers").mkdir()
+    path = write(tmp_path / "solvers", "net: 'nets/net.prototxt'", "solver.prototxt")
+    with pytest.raises(ValueError, match="its net nets/net.prototxt is not there"):
+        read_definition(path)
+    (tmp_path / "nets").mkdir()
+    write(tmp_path / "nets", NET)
+    monkeypatch.chdir(tmp_path)
+    assert names(read_definition(path).layer) == ["data", "c"]
+
+
+def test_a_solver_that_names_a_solver_or_none_is_one_line(tmp_path):
+    for text, message in (("base_lr: 0.1", "it names no net"), ("net: 'gone'", "is not there"),
+                          ("net: 'net.prototxt'", "is not there"),  # itself
+                          ("net_param { layer { nome: 'x' } }", "not a net definition")):
+        with pytest.raises(ValueError) as error:
+            read_definition(write(tmp_path, text))
+        assert message in str(error.value) and "net.prototxt" in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -188,7 +252,7 @@ ACCURACY = ('layer { name: "accuracy" type: "Accuracy" bottom: "c" bottom: "labe
 def test_train_val_becomes_what_images_can_be_fed_to(tmp_path):
     definition = read(tmp_path, TRAIN_DATA, TEST_DATA, CONV % ("c", "data", "c"),
                       LOSS % ("loss", "c", "loss"), ACCURACY)
-    working, image = working_definition(definition, 5)
+    working, image = working_of(definition, 5)
     assert image == ("data", (5, 3, 8, 8))
     assert names(working.layer) == ["data", "c"]
     assert list(working.layer[0].input_param.shape[0].dim) == [5, 3, 8, 8]
@@ -198,17 +262,17 @@ def test_train_val_becomes_what_images_can_be_fed_to(tmp_path):
 def test_without_images_the_net_feeds_itself_as_in_training(tmp_path):
     definition = read(tmp_path, TRAIN_DATA, TEST_DATA, CONV % ("c", "data", "c"),
                       LOSS % ("loss", "c", "loss"), ACCURACY)
-    working, image = working_definition(definition, None)
+    layers, image = image_layers(definition, None)
     assert image is None
-    assert names(working.layer) == ["train", "c"]
-    assert working.layer[0].data_param.batch_size == 64
+    assert names(layers) == ["train", "c"]
+    assert layers[0].data_param.batch_size == 64
     with pytest.raises(ValueError, match="give images with --data"):
-        working_definition(read(tmp_path, INPUT, CONV % ("c", "data", "c")), None)
+        image_layers(read(tmp_path, INPUT, CONV % ("c", "data", "c")), None)
 
 
 def test_data_layers_of_the_test_phase_alone_still_feed(tmp_path):
     definition = read(tmp_path, TEST_DATA, CONV % ("c", "data", "c"))
-    assert names(working_definition(definition, None)[0].layer) == ["test", "c"]
+    assert names(image_layers(definition, None)[0]) == ["test", "c"]
 
 
 def test_every_output_carries_a_loss_and_softmaxes_at_the_end_are_cut(tmp_path):
@@ -219,7 +283,7 @@ def test_every_output_carries_a_loss_and_softmaxes_at_the_end_are_cut(tmp_path):
                       CONV % ("b", "s2", "b"), softmax % ("attention", "b", "attention"),
                       CONV % ("d", "attention", "d"), softmax % ("p", "d", "p"),
                       'layer { name: "best" type: "ArgMax" bottom: "p" top: "best" }')
-    working, image = working_definition(definition, 1)
+    working, image = working_of(definition, 1)
     assert image == ("data", (1, 3, 8, 8))
     assert names(working.layer) == ["data", "a", "relu", "s", "b", "attention", "d"]
     assert output_blobs(working.layer) == ["s1", "d"]
@@ -233,8 +297,8 @@ def test_in_place_layers_do_not_read_away_an_output(tmp_path):
                       'layer { name: "pool" type: "Pooling" bottom: "a" top: "pool" '
                       'pooling_param { kernel_size: 2 } }')
     assert output_blobs(definition.layer) == ["b", "pool"]
-    working = working_definition(definition, 2)[0]
-    assert sorted(in_child(outputs_of_net, str(working))) == ["b", "pool"]
+    working, _ = working_of(definition, 2)
+    assert sorted(outputs_of_net(str(working))) == ["b", "pool"]
 
 
 def test_scale_layers_in_place_read_a_blob_of_their_own_and_what_others_read_keeps_its_name(
@@ -244,14 +308,14 @@ def test_scale_layers_in_place_read_a_blob_of_their_own_and_what_others_read_kee
                       CONV % ("a", "data", "a"), one % ("n", "BatchNorm", "a", "a"),
                       one % ("s1", "Scale", "a", "a"), one % ("relu", "ReLU", "a", "a"),
                       one % ("s2", "Scale", "a", "a"), one % ("s3", "Scale", "a", "b"))
-    working, image = working_definition(definition, 2)
-    assert image == ("data_unscaled", (2, 3, 8, 8))
+    working, image = working_of(definition, 2)
+    assert image == ("data", (2, 3, 8, 8))
     assert [(layer.name, list(layer.bottom), list(layer.top)) for layer in working.layer] == [
-        ("data", [], ["data_unscaled"]), ("s", ["data_unscaled"], ["data"]),
-        ("a", ["data"], ["a_unscaled"]), ("n", ["a_unscaled"], ["a_unscaled"]),
+        ("data", [], ["data"]), ("s", ["data"], ["data_unscaled"]),
+        ("a", ["data_unscaled"], ["a_unscaled"]), ("n", ["a_unscaled"], ["a_unscaled"]),
         ("s1", ["a_unscaled"], ["a_unscaled_1"]), ("relu", ["a_unscaled_1"], ["a_unscaled_1"]),
         ("s2", ["a_unscaled_1"], ["a"]), ("s3", ["a"], ["b"])]
-    assert in_child(outputs_of_net, str(working)) == ["b"]
+    assert outputs_of_net(str(working)) == ["b"]
 
 
 def outputs_of_net(text):
@@ -270,7 +334,7 @@ def test_what_matters_in_training_only_is_dropped(tmp_path):
               convolution_param { num_output: 4 kernel_size: 3 weight_filler { type: "xavier" }
                                   bias_filler { type: "constant" value: 1 } } }
       layer { name: "n" type: "BatchNorm" bottom: "c" top: "n" param { lr_mult: 0 } }''')
-    working, _ = working_definition(definition, 2)
+    working, _ = working_of(definition, 2)
     conv = working.layer[1]
     assert [conv.param[0].lr_mult, conv.param[1].lr_mult, conv.param[0].name] == [1, 1, "w"]
     assert not conv.HasField("phase")
@@ -278,7 +342,7 @@ def test_what_matters_in_training_only_is_dropped(tmp_path):
     assert not conv.propagate_down
     assert not conv.convolution_param.HasField("weight_filler")
     assert conv.convolution_param.bias_filler.value == 1
-    assert in_child(outputs_of_net, str(working)) == ["n"]  # BatchNorm refuses lr_mult 1
+    assert outputs_of_net(str(working)) == ["n"]  # BatchNorm refuses lr_mult 1
 
 
 @pytest.mark.parametrize("rule, kept", [
@@ -294,7 +358,7 @@ def test_phases_levels_and_stages_are_caffes(tmp_path, rule, kept):
     optional = (CONV % ("b", "data", "b")).replace("bottom", rule + " bottom", 1)
     definition = read(tmp_path, 'state { stage: "mine" }', INPUT, CONV % ("a", "data", "a"),
                       optional)
-    working, _ = working_definition(definition, 1)
+    working, _ = working_of(definition, 1)
     assert ("b" in names(working.layer)) == kept
 
 
@@ -302,7 +366,7 @@ def test_labels_are_dropped_with_what_only_they_feed(tmp_path):
     definition = read(
         tmp_path, TRAIN_DATA, 'layer { name: "half" type: "Power" bottom: "label" top: "half" }',
         CONV % ("c", "data", "c"), LOSS.replace('"label"', '"half"') % ("loss", "c", "loss"))
-    assert names(working_definition(definition, 1)[0].layer) == ["data", "c"]
+    assert names(working_of(definition, 1)[0].layer) == ["data", "c"]
 
 
 @pytest.mark.parametrize("layers, message", [
@@ -327,7 +391,7 @@ def test_labels_are_dropped_with_what_only_they_feed(tmp_path):
         "no shape", "no net"])
 def test_nets_that_images_cannot_feed_are_refused(tmp_path, layers, message):
     with pytest.raises(ValueError) as error:
-        working_definition(read(tmp_path, *layers), 2)
+        image_layers(read(tmp_path, *layers), 2)
     assert message in str(error.value)
 
 
@@ -343,7 +407,47 @@ def test_nets_that_images_cannot_feed_are_refused(tmp_path, layers, message):
 def test_sources_tell_the_size_of_the_images_they_would_feed(tmp_path, source, shape):
     definition = read(tmp_path, 'layer { name: "data" top: "data" type: %s }' % source,
                       CONV % ("c", "data", "c"))
-    assert working_definition(definition, 2)[1] == ("data", shape)
+    assert image_layers(definition, 2)[1] == ("data", shape)
+
+
+@pytest.mark.parametrize("source, shape", [
+    ('"Data" data_param { source: "x" batch_size: 7 }', (7, 3, 12, 14)),
+    ('"ImageData" image_data_param { source: "x" is_color: false }', (1, 1, 12, 14)),
+    ('"Data" data_param { source: "x" } transform_param { mean_value: 1 }', (1, 1, 12, 14)),
+    ('"Python" python_param { module: "absent" layer: "Own" }', (1, 3, 12, 14)),
+    ('"Private" top: "label"', (1, 3, 12, 14)),
+], ids=["database", "grey list", "grey mean", "Python", "private"])
+def test_the_size_stands_in_where_a_source_is_not_there(tmp_path, source, shape):
+    text = 'layer { name: "data" top: "data" type: %s }' % source + CONV % ("c", "data", "c")
+    assert image_layers(read(tmp_path, text), 0, (12, 14))[1] == ("data", shape)
+    with pytest.raises(ValueError, match="layer 'data': .*--size HEIGHT WIDTH"):
+        image_layers(read(tmp_path, text), 0)
+
+
+DUMMY = 'layer { name: "%s" type: "DummyData" top: "%s" dummy_data_param { shape { %s } } }'
+RESHAPE = ('layer { name: "r" type: "Reshape" bottom: "c" top: "r" reshape_param { %s } }')
+
+
+def test_made_blobs_stay_beside_images_where_something_reads_them(tmp_path):
+    constant, unread = (DUMMY % (name, name, "dim: 2 dim: 4 dim: 6 dim: 6")
+                        for name in ("constant", "unread"))
+    definition = read(tmp_path, INPUT, constant, unread, CONV % ("c", "data", "c"),
+                      'layer { name: "sum" type: "Eltwise" bottom: "c" bottom: "constant" '
+                      'top: "sum" }')
+    layers, image = image_layers(definition, 0)
+    assert image == ("data", (2, 3, 8, 8))
+    assert names(layers) == ["constant", "c", "sum"]
+    assert fixed_batch(layers) == "constant"
+
+
+@pytest.mark.parametrize("parameters, fixed", [
+    ("shape { dim: 2 dim: -1 }", True), ("shape { dim: 0 dim: -1 }", False),
+    ("shape { dim: -1 dim: 144 }", False), ("shape { dim: 2 dim: 72 } axis: 1", False),
+    ("shape { dim: 1 } num_axes: 0", True)])
+def test_reshape_layers_that_write_out_the_batch_are_found(tmp_path, parameters, fixed):
+    layers = read(tmp_path, INPUT, CONV % ("c", "data", "c"), RESHAPE % parameters).layer
+    assert fixed_batch(layers) == ("r" if fixed else None)
+    assert fixed_batch(layers[:2]) is None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -368,6 +472,19 @@ def test_what_caffe_would_abort_on_is_said_first(layer, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("kind, parameters", [
+    ("Data", "data_param"), ("ImageData", "image_data_param"), ("HDF5Data", "hdf5_data_param"),
+    ("WindowData", "window_data_param")])
+def test_a_database_or_list_that_is_not_there_is_named_before_caffe_looks(kind, parameters,
+                                                                         tmp_path):
+    text = "layer { name: 'shop' type: '%s' top: 'data' %s { source: '%s' batch_size: 2 } }"
+    with pytest.raises(ValueError, match="layer 'shop': its source gone is not there .*from /"):
+        build_net(parsed(text % (kind, parameters, "gone")))
+    with pytest.raises(ValueError, match="layer 'shop': its source '' is not there"):
+        build_net(parsed(text % (kind, parameters, "")))
+    check_databases(parsed(text % (kind, parameters, tmp_path)))
+
+
 def test_what_only_caffe_can_see_is_one_line_too():
     too_big = (CONV % ("c", "data", "c")).replace("kernel_size: 3", "kernel_size: 30 group: 5")
     with pytest.raises(ChildDied) as error:
@@ -387,11 +504,11 @@ def test_python_layers_run_and_losses_among_them_are_cut(tmp_path):
     definition = read(tmp_path, INPUT, CONV % ("c", "data", "c"), python % ("twice", "", "twice",
                                                                             ""),
                       python % ("lossy", "", "lossy", "loss_weight: 1"))
-    working, _ = working_definition(definition, 2)
+    working, _ = working_of(definition, 2)
     assert names(working.layer) == ["data", "c", "twice"]
     sys.path.insert(0, str(tmp_path))
     try:
-        assert in_child(shapes_of, str(working))["twice"] == (2, 4, 6, 6)
+        assert shapes_of(str(working))["twice"] == (2, 4, 6, 6)
     finally:
         sys.path.remove(str(tmp_path))
 
@@ -406,7 +523,7 @@ def test_written_definition_reads_back_and_carries_its_comment(tmp_path):
 
 
 def test_caffe_is_imported_without_scikit_image_until_its_io_is_used():
-    code = ("import sys, definitions\n"
+    code = ("import sys\nfrom ddinit.prototxt import import_caffe\n"
             "caffe = import_caffe()\n"
             "assert 'skimage' not in sys.modules\n"
             "import caffe.io\n"

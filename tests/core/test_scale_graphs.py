@@ -1,34 +1,31 @@
 """Scales drawn at random from those that the equations allow leave what a net computes as it is."""
 import numpy as np
 import pytest
-import scipy.linalg
-from toy_nets import SIZE, fill, image_input, layer, random_graph, working_net
+from toy_nets import (
+    SIZE,
+    fill,
+    free_scales,
+    image_input,
+    layer,
+    random_graph,
+    working_net,
+)
 
-from ddinit import rescale
-from ddinit.caffe_net import WorkingNet
-from ddinit.scales import ScaleGraph, plus
+from ddinit.between import Solution, apply_to_weights, value
+from ddinit.net import WorkingNet
+from ddinit.rewrite import rewritten, worst_difference
+from ddinit.scales import ScaleGraph
 
 CONV = "convolution_param { num_output: %d kernel_size: 3 pad: 1 }"
 SHARED = "param { name: 'w' } param { name: 'b' } " + CONV
 
 
-def allowed(graph):
-    """An orthonormal basis (variables, free) of the log scales that satisfy all equations."""
-    equations = graph.equations + [plus(scaled.weight_scale, scaled.scale_out, -1.0)
-                                   for scaled in graph.affine]
-    matrix = np.array([[form.get(variable, 0.0) for variable in range(graph.variables)]
-                       for form in equations])
-    return scipy.linalg.null_space(matrix)
-
-
 def rescaled(working, log_scales):
     """The net after rescaling, as its definition and weights would be written."""
-    definition = type(working.definition)()
-    definition.CopyFrom(working.definition)
-    rescale.apply_to_definition(definition, ScaleGraph(working), rescale.Solution(log_scales, []))
-    other = WorkingNet(definition, working.image)
+    definition, _ = rewritten(working.definition, ScaleGraph(working), Solution(log_scales, []))
+    other = WorkingNet(definition, working.inputs)
     fill(other)
-    rescale.apply_to_weights(ScaleGraph(other), log_scales)
+    apply_to_weights(ScaleGraph(other), log_scales)
     return other
 
 
@@ -51,27 +48,27 @@ def compare(working, log_scales):
                 continue
             start = 0
             for count, form in graph.blobs[top]:
-                scale = np.exp(rescale.value(form, log_scales))
+                scale = np.exp(value(form, log_scales))
                 expected = scale * working.blob(top).data[:, start:start + count]
                 found = other.blob(top).data[:, start:start + count]
                 start += count
                 np.testing.assert_allclose(found, expected, rtol=2e-3,
                                            atol=2e-3 * (np.abs(expected).max() + 1e-6))
     for name in working.outputs:
-        assert rescale.worst_difference({name: working.blob(name).data},
-                                        {name: other.blob(name).data}) < 1e-3
+        assert worst_difference({name: working.blob(name).data},
+                                {name: other.blob(name).data}) < 1e-3
 
 
 @pytest.mark.parametrize("seed", range(24))
 def test_random_graphs_compute_what_they_did(seed):
     working = working_net(random_graph(seed))
-    basis = allowed(ScaleGraph(working))
+    basis = free_scales(ScaleGraph(working))
     log_scales = basis @ np.random.default_rng(seed).standard_normal(basis.shape[1])
     compare(working, log_scales)
 
 
 def test_random_graphs_leave_some_scales_free():
-    free = [allowed(ScaleGraph(working_net(random_graph(seed)))).shape[1] for seed in range(24)]
+    free = [free_scales(ScaleGraph(working_net(random_graph(seed)))).shape[1] for seed in range(24)]
     assert sum(count > 0 for count in free) >= 12
 
 
@@ -122,7 +119,7 @@ def test_random_graphs_leave_some_scales_free():
         "shared bias", "shared Bias layers", "shared unlike blocks"])
 def test_free_scales_are_counted_and_each_keeps_the_function(net, free):
     working = working_net(image_input(2, 3, SIZE, SIZE) + net)
-    basis = allowed(ScaleGraph(working))
+    basis = free_scales(ScaleGraph(working))
     assert basis.shape[1] == free
     for direction in basis.T:
         compare(working, 1.5 * direction)

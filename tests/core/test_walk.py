@@ -1,22 +1,17 @@
 """The walk leaves in every blob what a plain forward pass would, and keeps no blob too long."""
+import ctypes
 import os
+import tempfile
 
-import cv2
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 from toy_nets import SIZE, image_input, layer, random_graph, working_net
 
-from ddinit.caffe_net import (
-    BlobStore,
-    ImageFeed,
-    Statistics,
-    affine_view,
-    choose_device,
-    find_images,
-    read_image,
-    segments,
-    walk,
-)
+from ddinit import net
+from ddinit.net import affine_view, choose_device
+from ddinit.prototxt import import_caffe
+from ddinit.walk import BlobStore, Statistics, segments, walk
 
 AFFINE = ("Convolution", "InnerProduct", "Scale", "Deconvolution")
 CONV = "convolution_param { num_output: %d kernel_size: 3 pad: 1 }"
@@ -28,15 +23,22 @@ def images():
     return np.random.default_rng(5).standard_normal((BATCHES, 2, 3, SIZE, SIZE)).astype(np.float32)
 
 
-def put(working, images):
-    return lambda batch: np.copyto(working.blob("data").data, images[batch])
+def put(images):
+    return lambda batch, net: np.copyto(net.blobs["data"].data, images[batch])
+
+
+def loaded(store, name, batch, shape=(2, 3, 4, 4)):
+    """What a store writes into a blob."""
+    blob = np.full(shape, -1, np.float32)
+    store.load(name, batch, blob)
+    return blob
 
 
 def walked(working, images, store=None, stop_types=AFFINE):
     """Statistics of each layer's output that a walk meets, and all last blobs."""
     found = {}
     store = BlobStore(1e9) if store is None else store
-    for stop in walk(working, store, len(images), stop_types, put(working, images)):
+    for stop in walk(working, store, len(images), stop_types, put(images)):
         if stop.statistics is not None:
             found[stop.layer.name] = stop.statistics
     return found
@@ -113,12 +115,12 @@ def test_store_gives_back_what_was_put_from_memory_or_file(limit):
         store.put("a", batch, blob_of(batch))
         store.put("b", batch, blob_of(10 + batch, (2, 5)))
     for batch in (3, 0, 2, 1):
-        assert (store.load("a", batch, blob_of(-1)) == batch).all()
-        assert (store.load("b", batch, blob_of(-1, (2, 5))) == 10 + batch).all()
+        assert (loaded(store, "a", batch) == batch).all()
+        assert (loaded(store, "b", batch, (2, 5)) == 10 + batch).all()
     store.put("a", 1, blob_of(77))
-    assert (store.load("a", 1, blob_of(-1)) == 77).all()
-    assert (store.load("a", 2, blob_of(-1)) == 2).all()
-    assert store.bytes <= limit
+    assert (loaded(store, "a", 1) == 77).all()
+    assert (loaded(store, "a", 2) == 2).all()
+    assert 0 <= store.free <= limit
     assert (store.spooled_bytes == 0) == (limit == 1e9)
 
 
@@ -127,7 +129,7 @@ def test_store_copies_and_does_not_touch_what_it_was_given():
     blob = blob_of(1)
     store.put("a", 0, blob)
     blob[...] = 2
-    assert (store.load("a", 0, blob_of(-1)) == 1).all()
+    assert (loaded(store, "a", 0) == 1).all()
 
 
 @pytest.mark.parametrize("limit", [1e9, 0])
@@ -139,27 +141,38 @@ def test_change_is_made_on_loading_until_it_is_settled(limit):
         store.change(name, np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.0, 0.5]))
         expected = np.broadcast_to(np.array([2, 5, 6.5]).reshape(axis), shape)
         for _ in range(2):  # what is kept stays as it was put
-            np.testing.assert_array_equal(store.load(name, 0, blob_of(-1, shape)), expected)
+            np.testing.assert_array_equal(loaded(store, name, 0, shape), expected)
         store.settle(name)
-        assert (store.load(name, 0, blob_of(-1, shape)) == 2).all()
+        assert (loaded(store, name, 0, shape) == 2).all()
 
 
-def test_dropped_places_are_used_again():
-    store = BlobStore(0)
+def test_dropped_memory_is_used_again_and_what_was_dropped_is_gone():
+    store = BlobStore(2 * blob_of(0).nbytes)
     for batch in range(50):
         store.put("a", batch, blob_of(batch))
-        store.put("b", batch, blob_of(batch, (2, 2)))
         store.drop("a", batch - 1)
-        store.drop("b", batch - 1)
-    assert (store.load("a", 49, blob_of(-1)) == 49).all()
-    assert store.spooled_bytes <= 2 * (blob_of(0).nbytes + blob_of(0, (2, 2)).nbytes)
-    in_memory = BlobStore(1e9)
-    in_memory.put("a", 0, blob_of(1))
-    in_memory.drop("a", 0)
-    in_memory.drop("never", 3)
-    assert in_memory.bytes == 0
+    assert (loaded(store, "a", 49) == 49).all()
+    assert store.spooled_bytes == 0
+    store.drop("a", 49)
+    store.drop("never", 3)
+    assert store.free == 2 * blob_of(0).nbytes
     with pytest.raises(KeyError):
-        in_memory.load("a", 0, blob_of(-1))
+        loaded(store, "a", 49)
+
+
+def test_temporary_files_are_gone_with_what_they_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = BlobStore(0)
+    for batch in range(5):
+        store.put("a", batch, blob_of(batch))
+    files = "/proc/self/fd"
+    assert os.listdir(str(tmp_path)) == []  # they have no name, so that a killed run leaves none
+    assert store.spooled_bytes == 5 * blob_of(0).nbytes
+    before = len(os.listdir(files))
+    for batch in range(5):
+        store.drop("a", batch)
+    assert len(os.listdir(files)) == before - 5
+    assert store.free == 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -194,7 +207,7 @@ class Watched(BlobStore):
 
     @property
     def left(self):
-        return set(self._held) | set(self._spooled)
+        return set(self._held)
 
 
 def test_a_blob_is_dropped_after_its_last_reader_batch_by_batch(images):
@@ -204,7 +217,7 @@ def test_a_blob_is_dropped_after_its_last_reader_batch_by_batch(images):
     store = Watched(1e9)
     walked(working_net(chain), images, store)
     assert not store.left
-    assert store.bytes == 0
+    assert store.free == 1e9
     assert store.peak <= BATCHES + 1  # never two layers' blobs of all batches at a time
 
 
@@ -237,7 +250,7 @@ def test_layers_changed_on_the_way_need_no_second_pass(seed, images):
     working = working_net(random_graph(seed))
     store = BlobStore(5000)
     normalised = []
-    for stop in walk(working, store, BATCHES, AFFINE, put(working, images)):
+    for stop in walk(working, store, BATCHES, AFFINE, put(images)):
         if stop.statistics is None or stop.layer.type == "Scale":
             continue
         if stop.statistics.variance.min() < 1e-8:
@@ -261,18 +274,14 @@ def test_layers_changed_on_the_way_need_no_second_pass(seed, images):
 def test_before_a_layer_runs_its_bottoms_can_be_loaded(images):
     working = working_net(CHAIN)
     expected = forwarded(working, images)
-    for stop in walk(working, BlobStore(1e9), BATCHES, AFFINE, put(working, images)):
+    for stop in walk(working, BlobStore(1e9), BATCHES, AFFINE, put(images)):
         bottom = stop.layer.bottoms[0]
         outputs = {"data": images.reshape(-1, 3, SIZE, SIZE), "a": expected["relu"],
                    "sum": expected["sum"]}[bottom]
-        for batch in (2, 0):
-            if stop.statistics is None:
-                stop.load(batch)
-                np.testing.assert_allclose(working.blob(bottom).data,
-                                           outputs[2 * batch:2 * batch + 2], rtol=1e-5)
-            else:
-                energy = np.square(outputs[2 * batch:2 * batch + 2].astype(np.float64)).sum()
-                assert stop.energy[batch] == pytest.approx(energy, rel=1e-5)
+        for batch in (2, 0) if stop.statistics is None else ():
+            stop.load(batch)
+            np.testing.assert_allclose(working.blob(bottom).data,
+                                       outputs[2 * batch:2 * batch + 2], rtol=1e-5)
 
 
 def test_input_changed_in_place_is_not_fed_again(images):
@@ -361,76 +370,37 @@ def test_a_gpu_that_is_not_there_is_one_line_and_the_cpu_needs_no_probe():
 
 
 # ---------------------------------------------------------------------------------------------
-# Images
+# Threads
 # ---------------------------------------------------------------------------------------------
 
-def save(path, colour, size=(10, 8)):
-    """A PNG of one colour (BGR) of size (width, height)."""
-    assert cv2.imwrite(str(path), np.full(size[::-1] + (3,), colour, np.uint8))
-    return str(path)
+def threads():
+    """How many threads the BLAS of Caffe's own library and all others take."""
+    caffes = ctypes.CDLL(import_caffe()._caffe.__file__)
+    own = [caffes.openblas_get_num_threads()] if hasattr(caffes, "openblas_get_num_threads") else []
+    return own + [one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"]
 
 
-def test_read_image_is_bgr_of_the_asked_size(tmp_path):
-    path = save(tmp_path / "image.png", (10, 100, 200))
-    image = read_image(path, 5, 7)
-    assert (image.dtype, image.shape) == (np.uint8, (3, 5, 7))
-    assert [channel[0, 0] for channel in image] == [10, 100, 200]
-    assert all((channel == channel[0, 0]).all() for channel in image)
-    grey = read_image(path, 5, 7, grey=True)
-    assert grey.shape == (1, 5, 7)
-    assert abs(int(grey[0, 0, 0]) - (0.114 * 10 + 0.587 * 100 + 0.299 * 200)) <= 1
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_small_nets_compute_on_one_thread_and_the_number_is_given_back(error):
+    working = working_net(CHAIN)
+    before = threads()
+    assert before
+    try:
+        with net.blas_threads(working):
+            assert set(threads()) == {1}
+            if error:
+                raise error
+    except KeyError:
+        assert error
+    assert threads() == before
 
 
-def test_unreadable_images_are_named(tmp_path):
-    (tmp_path / "text.jpg").write_text("no image")
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    for path in ("text.jpg", "empty.jpg", "none.jpg", ""):
-        with pytest.raises(ValueError, match="not an image that OpenCV can read") as error:
-            read_image(str(tmp_path / path), 4, 4)
-        assert str(tmp_path / path) in str(error.value)
-
-
-@pytest.mark.parametrize("scale", [1, 1 / 256])
-def test_feed_subtracts_the_mean_and_scales_in_the_order_of_paths(tmp_path, scale):
-    paths = [save(tmp_path / ("%d.png" % number), (number, 50 + number, 100 + number))
-             for number in range(5)]
-    feed = ImageFeed(paths, (2, 3, 4, 6), (1, 2, 3), scale)
-    assert feed.batches == 2  # the fifth image makes no batch
-    for batch in (1, 0):
-        blob = np.full((2, 3, 4, 6), np.nan, np.float32)
-        feed.load(batch, blob)
-        for row, number in enumerate((2 * batch, 2 * batch + 1)):
-            for channel, value in enumerate((number - 1, 48 + number, 97 + number)):
-                np.testing.assert_allclose(blob[row, channel], value * scale, rtol=1e-6)
-
-
-def test_grey_nets_get_grey_images_less_the_grey_mean(tmp_path):
-    paths = [save(tmp_path / "a.png", (60, 60, 60))]
-    feed = ImageFeed(paths, (1, 1, 4, 4), (100, 10, 20), 1)
-    blob = np.empty((1, 1, 4, 4), np.float32)
-    feed.load(0, blob)
-    np.testing.assert_allclose(blob, 60 - (0.114 * 100 + 0.587 * 10 + 0.299 * 20), rtol=1e-5)
-
-
-def test_a_broken_image_is_an_error_when_its_batch_is_needed(tmp_path):
-    paths = [save(tmp_path / "a.png", (1, 2, 3)), str(tmp_path / "broken.png")]
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    feed = ImageFeed(paths, (1, 3, 4, 4), (0, 0, 0), 1)
-    blob = np.empty((1, 3, 4, 4), np.float32)
-    feed.load(0, blob)
-    with pytest.raises(ValueError, match="broken.png"):
-        feed.load(1, blob)
-
-
-def test_find_images_by_folder_or_pattern_sorted_and_without_folders(tmp_path):
-    (tmp_path / "sub").mkdir()
-    for name in ("b.png", "a.png", "sub/c.png"):
-        save(tmp_path / name, (1, 1, 1))
-    names = [os.path.relpath(path, str(tmp_path)) for path in find_images(str(tmp_path))]
-    assert names == ["a.png", "b.png"]
-    found = find_images(str(tmp_path / "**" / "*.png"))
-    assert [os.path.basename(path) for path in found] == ["a.png", "b.png", "c.png"]
-    with pytest.raises(ValueError, match="no images there"):
-        find_images(str(tmp_path / "*.jpg"))
-    with pytest.raises(ValueError, match="no images there"):
-        find_images(str(tmp_path / "none"))
+def test_large_nets_take_what_threads_there_are(monkeypatch):
+    monkeypatch.setattr(net, "SMALL_LAYER", 8 * 8 * 4 * 4 * 9)  # the products of CHAIN's layer b
+    working = working_net(CHAIN)
+    before = threads()
+    with net.blas_threads(working):
+        assert threads() == before
+    monkeypatch.setattr(net, "SMALL_LAYER", 8 * 8 * 4 * 4 * 9 + 1)
+    with net.blas_threads(working):
+        assert set(threads()) == {1}

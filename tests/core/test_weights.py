@@ -1,16 +1,15 @@
 """Each kind of weights against its closed form or an oracle that shares no code with it."""
-import functools
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
 import skimage.data
 import sklearn.decomposition
+from toy_nets import image_input, layer, working_net
 
 from ddinit import weights
-from ddinit.caffe_net import Geometry
+from ddinit.net import Geometry
+from ddinit.walk import Stop
 
 
 def square(side, pad=0):
@@ -40,20 +39,24 @@ def photo():
 # ---------------------------------------------------------------------------------------------
 
 def test_gaussian_numbers_are_standard_normal_of_the_asked_std():
-    numbers = weights.gaussian((500, 8, 5, 5), rng(), 0.01)
-    assert numbers.dtype == np.float32
-    assert numbers.shape == (500, 8, 5, 5)
+    numbers = np.empty((500, 8, 5, 5), np.float32)
+    weights.gaussian(numbers, rng(), 0.01)
     assert scipy.stats.kstest(numbers.ravel() / 0.01, "norm").pvalue > 0.01
     assert abs(np.corrcoef(numbers.reshape(500, -1)[:, :50].T) - np.eye(50)).max() < 0.2
+    unscaled = np.empty_like(numbers)
+    weights.gaussian(unscaled, rng())
+    np.testing.assert_allclose(numbers, 0.01 * unscaled, rtol=1e-6)
 
 
-def test_gaussian_depends_on_the_seed_and_not_on_the_number_of_threads(monkeypatch):
-    monkeypatch.setattr(weights, "PART", 1000)
-    many = weights.gaussian((64, 99), rng(3))
-    monkeypatch.setattr(weights, "ThreadPoolExecutor", functools.partial(ThreadPoolExecutor, 1))
-    np.testing.assert_array_equal(weights.gaussian((64, 99), rng(3)), many)
-    assert not np.array_equal(weights.gaussian((64, 99), rng(4)), many)
-    assert len(np.unique(many)) > 0.99 * many.size  # parts do not repeat each other
+def test_gaussian_numbers_fill_a_layer_of_caffe_in_place():
+    working = working_net(image_input(1, 3, 4, 4) + layer(
+        "fc", "InnerProduct", "data", "", "inner_product_param { num_output: 50 }"))
+    weights.gaussian(working.affine[0].weights, rng(3))
+    expected = np.empty((50, 48), np.float32)
+    weights.gaussian(expected, rng(3))
+    np.testing.assert_array_equal(working.affine[0].weights, expected)
+    weights.gaussian(expected, rng(4))
+    assert not np.array_equal(working.affine[0].weights, expected)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -121,6 +124,37 @@ def test_as_many_patches_are_drawn_as_filters_and_covariance_need_and_memory_all
     assert weights.patch_count(2304, 2000, 1) == 4000
 
 
+GROUPED = image_input(4, 3, 6, 6) + layer(
+    "six", "Concat", "data data", "", "") + layer(
+    "conv", "Convolution", "six", "", "convolution_param { num_output: 4 kernel_size: 2 group: 2 }")
+
+
+def test_a_layers_filters_come_from_its_own_groups_patches_of_all_batches(monkeypatch):
+    working = working_net(GROUPED, 4)
+    bottom = working.blob("six").data
+    seen = []
+
+    def count_filters(patches, count, _):
+        seen.append((np.array(patches), count))
+        return np.full((count, patches.shape[1]), len(seen), np.float32)
+
+    def load(batch):  # each number tells its batch and channel
+        bottom[...] = 10 * batch + np.arange(6).reshape(1, 6, 1, 1)
+    monkeypatch.setitem(weights.SCHEMES, "kmeans", count_filters)
+    conv = working.affine[0]
+    weights.set_filters(Stop(conv, load, None), working,
+                        Geometry((2, 2), (1, 1), (0, 0), (1, 1)), "kmeans", 3, rng())
+    wanted = weights.patch_count(12, 2, 2)
+    for group, (patches, count) in enumerate(seen):
+        assert (patches.shape, count) == ((wanted, 12), 2)
+        batches, channels = np.divmod(patches.reshape(wanted, 3, 4), 10)
+        np.testing.assert_array_equal(channels, np.broadcast_to(
+            np.arange(3 * group, 3 * group + 3).reshape(3, 1), channels.shape))
+        assert np.ptp(np.bincount(batches[:, 0, 0].astype(int))) <= 1
+    assert len(seen) == 2
+    np.testing.assert_array_equal(conv.weights[:, 0, 0, 0], [1, 1, 2, 2])
+
+
 # ---------------------------------------------------------------------------------------------
 # PCA and ZCA
 # ---------------------------------------------------------------------------------------------
@@ -185,7 +219,7 @@ def test_a_mean_far_from_zero_does_not_count_as_variance():
 # Whitening, patches and k-means
 # ---------------------------------------------------------------------------------------------
 
-def contrast_normalised(patches):
+def contrast_normalized(patches):
     """Coates & Ng's first step, in float64 and one patch at a time."""
     rows = []
     variances = patches.astype(np.float64).var(axis=1)
@@ -195,18 +229,18 @@ def contrast_normalised(patches):
 
 
 def test_whitened_patches_have_the_identity_as_covariance(monkeypatch):
-    monkeypatch.setattr(weights, "REGULARISER", 1e-6)
+    monkeypatch.setattr(weights, "REGULARIZER", 1e-6)
     patches = correlated(2000, 12)
     # less their mean, patches have rank 11: one variance stays 0, whichever whitening it is
     white, factor = weights.whitened(patches.copy())
     values = np.linalg.eigvalsh(np.cov(white.T.astype(np.float64), bias=True))
     np.testing.assert_allclose(values[1:], 1, atol=2e-3)
-    np.testing.assert_allclose(white @ factor.T, contrast_normalised(patches), atol=1e-3)
+    np.testing.assert_allclose(white @ factor.T, contrast_normalized(patches), atol=1e-3)
 
 
-def test_regulariser_is_a_part_of_the_mean_variance():
+def test_regularizer_is_a_part_of_the_mean_variance():
     patches = correlated(500, 12)
-    normal = contrast_normalised(patches)
+    normal = contrast_normalized(patches)
     covariance = normal.T @ normal / len(normal)
     expected = covariance + 0.03 * np.trace(covariance) / 12 * np.eye(12)
     _, factor = weights.whitened(patches)
@@ -253,24 +287,12 @@ def test_spherical_kmeans_is_the_papers_loop():
     cosines = start @ white.T / np.linalg.norm(white, axis=1)
     assert sorted(set(cosines.argmax(axis=1))) == sorted(cosines.argmax(axis=1))
     np.testing.assert_allclose(cosines.max(axis=1), 1, rtol=1e-5)
-    centroids = weights.spherical_kmeans(white, 12, rng(2), iterations=4, parts=1)
+    centroids = weights.spherical_kmeans(white, 12, rng(2), iterations=4)
     expected = plain_spherical_kmeans(white.astype(np.float64), start.astype(np.float64), 4)
     np.testing.assert_allclose(centroids, expected, atol=1e-4)
 
 
-def test_kmeans_by_parts_explains_photographs_as_twice_as_many_whole_passes_do(photo):
-    patches = weights.sample_patches(photo, 2000, rng(1), square(7)).reshape(2000, -1)
-    white, _ = weights.whitened(patches)
-
-    def explained(iterations, parts):
-        centroids = weights.spherical_kmeans(white, 96, rng(2), iterations, parts)
-        return float((np.abs(white @ centroids.T).max(axis=1) ** 2).mean())
-    chosen, whole = explained(0, 1), explained(10, 1)
-    assert explained(5, 8) > chosen + 0.97 * (whole - chosen)
-    assert whole > 1.2 * chosen
-
-
-def test_kmeans_of_fewer_patches_than_parts_is_finite():
+def test_kmeans_of_fewer_patches_than_centroids_is_finite():
     centroids = weights.spherical_kmeans(rng(1).standard_normal((3, 5)).astype(np.float32), 4,
                                          rng(2))
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, rtol=1e-5)

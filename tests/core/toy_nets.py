@@ -2,10 +2,13 @@
 from typing import Any, Dict, List, Tuple
 
 import numpy as np
+import scipy.linalg
 from google.protobuf import text_format
 
-from ddinit.caffe_net import WorkingNet
-from ddinit.prototxt import caffe_messages, upgrade, working_definition
+from ddinit.images import HeldBatches
+from ddinit.net import WorkingNet
+from ddinit.prototxt import caffe_messages, image_layers, upgrade, working_definition
+from ddinit.scales import ScaleGraph, plus
 
 SIZE = 8  # height and width of all blobs of `random_graph`
 
@@ -30,10 +33,16 @@ def image_input(*shape: int, name: str = "data") -> str:
 
 def working_net(text: str, batch_size: int = 2) -> WorkingNet:
     """The net to measure on, with random weights where layers have any."""
-    working = WorkingNet(*working_definition(
-        upgrade(parsed(text)), batch_size))
+    working = net_of(upgrade(parsed(text)), batch_size)
     fill(working)
     return working
+
+
+def net_of(definition: Any, batch_size: int = 2) -> WorkingNet:
+    """The net to measure on of a definition in today's dialect, with no weights yet."""
+    layers, image = image_layers(definition, batch_size)
+    assert image is not None
+    return WorkingNet(working_definition(layers, [image], definition.name), [image])
 
 
 def fill(working: WorkingNet) -> None:
@@ -46,6 +55,44 @@ def fill(working: WorkingNet) -> None:
             _, variance, correction = one.blobs
             variance.data[...] = rng.uniform(0.5, 2, variance.data.shape)
             correction.data[...] = 1
+
+
+def held_batches(*arrays: np.ndarray, blob: str = "data") -> HeldBatches:
+    """Batches (n, channels, height, width) to feed a net with."""
+    return HeldBatches([{blob: np.asarray(array, np.float32)} for array in arrays])
+
+
+def squared_gradients(alone: WorkingNet, images: np.ndarray,
+                      draws: int = 0) -> Dict[str, np.ndarray]:
+    """The mean over images of E over eta of (d eta z_N / d W)^2, for the weights of each layer.
+
+    That is the sum over outputs of (d z_i / d W)^2: each image and each output has a pass of its
+    own, of plain Caffe on a net for one image.  With `draws` so many random eta stand for them.
+    """
+    totals = {one.name: np.zeros(one.weights.shape) for one in alone.owners()}
+    sizes = [alone.blob(name).data.size for name in alone.outputs]
+    losses = np.random.default_rng(77).standard_normal((draws, sum(sizes))) if draws else np.eye(
+        sum(sizes))
+    for image in images:
+        alone.blob("data").data[...] = image
+        alone.forward()
+        for loss in losses:
+            for name, part in zip(alone.outputs, np.split(loss, np.cumsum(sizes)[:-1])):
+                alone.blob(name).diff.reshape(-1)[...] = part
+            alone.backward()
+            for one in alone.owners():
+                totals[one.name] += one.blobs[0].diff.astype(np.float64) ** 2
+    count = len(images) * (draws or 1)
+    return {name: total / count for name, total in totals.items()}
+
+
+def free_scales(graph: ScaleGraph) -> np.ndarray:
+    """An orthonormal basis (variables, free) of the log scales that change no output."""
+    forms = [form for form, _ in graph.equations] + [
+        plus(scaled.weight_scale, scaled.scale_out, -1.0) for scaled in graph.affine]
+    matrix = np.array([[form.get(variable, 0.0) for variable in range(graph.variables)]
+                       for form in forms])
+    return scipy.linalg.null_space(matrix)
 
 
 def random_graph(seed: int) -> str:

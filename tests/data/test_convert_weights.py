@@ -206,7 +206,9 @@ def test_layers_without_a_partner_are_dropped_or_left_out(tmp_path):
     _, weights = filled(theirs)
     out = str(tmp_path / "out.caffemodel")
     assert convert_weights.main([theirs, weights, ours, out]) == 0
-    assert sorted(caffemodel.read(out)) == ["conv1", "conv2"]
+    with open(out, "rb") as file:
+        stored = caffemodel.read_message(file.read(), out)
+    assert sorted(caffemodel.stored_blobs(stored)) == ["conv1", "conv2"]
 
 
 def test_nets_that_differ_are_refused_unless_forced(tmp_path, capsys):

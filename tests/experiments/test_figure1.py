@@ -7,7 +7,7 @@ import pytest
 import tiny_net
 
 import figure1
-from ddinit import processes, results
+from ddinit import caffemodel, processes, results
 from ddinit.prototxt import build_net, read_definition
 from training import starts
 
@@ -96,7 +96,10 @@ def test_a_definition_beside_the_weights_is_theirs(tmp_path, net, photos):
     # Not in place: Caffe's Power layer computes its gradient from the blob that it overwrites.
     text = tiny_net.DEFINITION.replace('top: "fc2"\n', 'top: "fc2_unscaled"\n', 1).replace(
         'layer { name: "relu2"', POWER + 'layer { name: "relu2"')
-    (tmp_path / "a.prototxt").write_text(text)
+    beside = tmp_path / "a.prototxt"
+    beside.write_text(text)  # without its mark it may be of any other weights
+    assert run(tmp_path, net, "a=" + weights, "-d", photos)["initialisations"][0]["rates"] == before
+    beside.write_text(caffemodel.mark(weights) + text)
     after = run(tmp_path, net, "a=" + weights, "-d", photos)["initialisations"][0]["rates"]
     # Backwards, everything below the new layer sees three times the gradient; fc3 three times z.
     for layer in LAYERS:

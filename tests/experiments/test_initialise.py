@@ -7,7 +7,7 @@ import tiny_net
 
 import initialise
 import magic_init
-from ddinit import caffe_net
+from ddinit.images import read_image
 from ddinit.prototxt import build_net, caffe_messages, read_definition
 from training import starts
 
@@ -164,7 +164,7 @@ def test_outputs_of_an_initialised_net_have_mean_beta_and_unit_variance(tmp_path
                             "--voc", voc_folder, "--images", "12", "--cpu"]) == 0
     net = build_net(read_definition(definition))
     net.copy_from(output)
-    images = [caffe_net.read_image("%s/JPEGImages/%06d.jpg" % (voc_folder, number), 32, 32)
+    images = [read_image("%s/JPEGImages/%06d.jpg" % (voc_folder, number), 32, 32)
               for number in range(1, 13)]
     net.blobs["data"].reshape(12, 3, 32, 32)
     net.blobs["data"].data[...] = np.stack(images) - np.reshape([104.0, 117, 123], (3, 1, 1))
