@@ -1,14 +1,14 @@
-"""Brings the weights of a foreign net to a definition of this project's (paper, table 3).
+"""Convert the weights of a foreign net to one of our definitions (table 3).
 
-    python data/convert_weights.py deploy_v1.prototxt theirs.caffemodel \
+    python data/convert_weights.py deploy_v1.prototxt theirs.caffemodel \\
         models/caffenet/deploy.prototxt build/theirs.caffemodel --rgb-to-bgr --rename fc6-conv=fc6
 
-What may differ: V1 definitions and caffemodels, fully connected layers written as convolutions,
-grouped convolutions written as full ones and back, the colour order, mean and scale of the input,
-one grey channel in place of three colours, and layers (BatchNorm, Scale, Bias) that are folded into
-the affine layer before them.  The function stays: both nets are run on random inputs, and nothing
-is written where a layer differs by more than 1e-3 of its standard deviation.  Target layers that
-the source has no weights for are left out of the output: initialise them with magic_init.py -l.
+The foreign net may have a V1 definition or caffemodel, fully connected layers that are written as
+convolutions, grouped convolutions that are written as full ones or the other way round, another
+color order, mean or scale of its input, one gray channel, and BatchNorm, Scale and Bias layers that
+are folded into the affine layer before them. Both nets are run on random inputs, and nothing is
+written where a layer differs by more than 1e-3 of its standard deviation. Layers without weights in
+the foreign net are left out of the output; magic_init.py --load initializes them.
 """
 import argparse
 import logging
@@ -27,7 +27,7 @@ log = logging.getLogger("convert_weights")
 
 # What the experiments subtract from pixels in 0..255 (B, G, R).
 TARGET_MEAN = (104.0, 117.0, 123.0)
-# Grey of B, G, R (ITU-R BT.601), as OpenCV has it.
+# Gray of B, G, R (ITU-R BT.601), as OpenCV has it.
 GREY = (0.114, 0.587, 0.299)
 FOLDED = ("BatchNorm", "Scale", "Bias")
 DENSE = ("Convolution", "InnerProduct")
@@ -36,7 +36,7 @@ IMAGES = 2  # random images to compare on
 
 
 class Options(NamedTuple):
-    """What is known of the source beyond its files; `mean` is in its own colour order."""
+    """What is known of the foreign net besides its files; `mean` is in its own color order."""
 
     rgb: bool = False
     mean: Optional[Sequence[float]] = None
@@ -47,7 +47,7 @@ class Options(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A target layer, the source layer that fills it, and what is folded into that."""
+    """A target layer, the foreign layer that fills it, and the layers that are folded into it."""
 
     source: NetLayer
     target: NetLayer
@@ -55,7 +55,7 @@ class Pair(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What was done: lines to show, and the largest difference (layer, part of its std)."""
+    """Lines to show, and the largest difference (layer, part of its standard deviation)."""
 
     converted: List[str]
     dropped: List[str]
@@ -66,7 +66,7 @@ class Report(NamedTuple):
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Convert what the command line names; return the exit status."""
     parser = processes.Parser(
-        prog="convert_weights.py", description="Bring foreign weights to another definition.")
+        prog="convert_weights.py", description="Convert foreign weights to another definition.")
     parser.add_argument("source", metavar="IN.prototxt", help="the foreign definition")
     parser.add_argument("weights", metavar="IN.caffemodel", help="its weights")
     parser.add_argument("target", metavar="TARGET.prototxt", help="the definition to fill")
@@ -77,7 +77,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                         help="mean that the foreign net subtracts, per channel in its own order; "
                              "the target subtracts %g %g %g" % TARGET_MEAN)
     parser.add_argument("--scale", type=float, default=1.0, metavar="S",
-                        help="factor of the foreign net's input behind the mean (default: 1)")
+                        help="factor of the foreign net's input after the mean (default: 1)")
     parser.add_argument("--fold-batchnorm", action="store_true",
                         help="fold BatchNorm, Scale and Bias layers that the target does not have "
                              "into the layer before them")
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
     if report.dropped:
         log.info("not in the target, left out: %s", ", ".join(report.dropped))
     if report.missing:
-        log.info("without weights, left to be initialised: %s", ", ".join(report.missing))
+        log.info("without weights, to be initialized: %s", ", ".join(report.missing))
     if report.worst is None:
         log.warning("the nets could not be compared: the sizes of their inputs differ")
     else:
@@ -309,7 +309,7 @@ def _reshaped(layer: NetLayer, weights: np.ndarray, shape: Sequence[int]) -> np.
 
 def with_folded(layer: NetLayer, arrays: List[np.ndarray],
                 folded: Sequence[NetLayer]) -> List[np.ndarray]:
-    """Return weights and bias W * a, b * a + c for every layer a z + c behind an affine one."""
+    """Return weights W * a and bias b * a + c for each layer a z + c after an affine one."""
     parameters = layer.parameters
     outputs = (parameters.inner_product_param.num_output if layer.type == "InnerProduct"
                else parameters.convolution_param.num_output)
@@ -323,7 +323,7 @@ def with_folded(layer: NetLayer, arrays: List[np.ndarray],
 
 
 def _over_outputs(layer: NetLayer, weights: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """One number for each output channel in a shape that multiplies the weights."""
+    """Return a factor for each output channel in a shape that multiplies the weights."""
     if layer.type == "Deconvolution":  # (inputs, outputs / groups, height, width)
         groups = layer.parameters.convolution_param.group
         rows = np.repeat(factor.reshape(groups, -1), len(weights) // groups, axis=0)
@@ -389,7 +389,7 @@ class Colours(NamedTuple):
 
 
 def colours(source: WorkingNet, target: WorkingNet, options: Options) -> Colours:
-    """Return how the inputs of two nets hang together.
+    """Return how the input of the foreign net follows from that of the target.
 
     Raises ValueError where the numbers of channels have no common meaning, or a layer other than a
     convolution or fully connected one reads the image that has to be turned.
@@ -411,7 +411,7 @@ def colours(source: WorkingNet, target: WorkingNet, options: Options) -> Colours
         for layer in source.layers:
             if layer.name in _first_layers(source) and layer.type not in DENSE + ("Split",):
                 raise ValueError("layer '%s' (%s) reads the image: only convolutions and fully "
-                                 "connected layers can be turned to other colours, means and "
+                                 "connected layers can be converted to other colors, means and "
                                  "scales" % (layer.name, layer.type))
     return found
 
@@ -447,7 +447,7 @@ def differences(source: WorkingNet, target: WorkingNet, pairs: Sequence[Pair],
 
 
 def _common_size(source: WorkingNet, target: WorkingNet) -> Optional[Tuple[int, ...]]:
-    """Height and width that both nets can take; a net without InnerProduct takes any."""
+    """Return a height and width for both nets, or None; a net without InnerProduct takes any."""
     sizes = [tuple(net.inputs[0].shape[2:]) for net in (source, target)]
     if sizes[0] == sizes[1]:
         return sizes[0]
@@ -458,7 +458,7 @@ def _common_size(source: WorkingNet, target: WorkingNet) -> Optional[Tuple[int, 
 
 
 def _determined(target: WorkingNet, filled: Set[str]) -> List[NetLayer]:
-    """The filled layers that depend on no layer whose weights are missing."""
+    """Return the filled layers that depend on no layer whose weights are missing."""
     known = {target.inputs[0].blob}
     layers = []
     for layer in target.layers:

@@ -1,8 +1,6 @@
-"""Downloads by HTTP that go on where they were interrupted, for pooch.
+"""Download by HTTP for pooch, and continue where a download was interrupted.
 
-    python data/fetch.py caffenet --to datasets
-
-Whether the content is right is for the caller's checksum to say.
+The caller checks the content by a checksum.
 """
 import errno
 import logging
@@ -22,11 +20,11 @@ CHUNK = 1 << 18  # bytes
 
 
 class DownloadError(Exception):
-    """A server did not give the file; the message says why in a few words."""
+    """A server did not send the file; the message says why in a few words."""
 
 
 class Resuming:
-    """A downloader for `pooch.retrieve` that keeps what it has received in the file `part`."""
+    """A downloader for `pooch.retrieve` that keeps the received bytes in the file `part`."""
 
     def __init__(self, part: str) -> None:
         self.part = part
@@ -37,10 +35,10 @@ class Resuming:
 
 
 def complete(url: str, part: str) -> None:
-    """Append to the file `part` what it lacks of the file at `url`.
+    """Append the missing bytes of the file at `url` to the file `part`.
 
-    A connection that breaks is taken up again for as long as that brings bytes.  Raises
-    DownloadError where the server fails, OSError where the disk is full.
+    A broken connection is opened again as long as that brings bytes. Raises DownloadError where the
+    server fails, and OSError where the disk is full.
     """
     while True:
         before = _size(part)
@@ -52,11 +50,11 @@ def complete(url: str, part: str) -> None:
             reason = _reason(error)
         if _size(part) <= before:
             raise DownloadError(reason)
-        log.info("%s after %.1f MB; going on", reason, _size(part) / 1e6)
+        log.info("%s after %.1f MB; continuing", reason, _size(part) / 1e6)
 
 
 def _receive(url: str, part: str) -> bool:
-    """Receive from one connection; False where it ended before the file did."""
+    """Receive from one connection; return whether the file is complete."""
     start = _size(part)
     headers = {"Accept-Encoding": "identity"}
     if start:
@@ -66,13 +64,13 @@ def _receive(url: str, part: str) -> bool:
         if start and response.status_code == requests.codes.requested_range_not_satisfiable:
             if said == "bytes */%d" % start:
                 return True
-            os.unlink(part)  # longer than the file: it was another one's
+            os.unlink(part)  # longer than the file, so it was of another one
             return _receive(url, part)
         response.raise_for_status()
         if response.status_code != requests.codes.partial_content:
             start = 0  # the server sends the whole file
         elif not said.startswith("bytes %d-" % start):
-            raise DownloadError("the server sent another part than was asked for")
+            raise DownloadError("the server sent another part than requested")
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
         _save(response.raw, part, start, total, os.path.basename(urlsplit(url).path))
@@ -80,7 +78,7 @@ def _receive(url: str, part: str) -> bool:
 
 
 def _save(stream: Any, part: str, start: int, total: Optional[int], name: str) -> None:
-    """Write what the stream gives behind the first `start` bytes of the file `part`."""
+    """Write a stream after the first `start` bytes of the file `part`."""
     if total is not None:
         _check_space(os.path.dirname(os.path.abspath(part)), total - start)
     with open(part, "ab" if start else "wb") as file, \
@@ -104,7 +102,7 @@ def _size(path: str) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong with a request, without the layers of exceptions around it."""
+    """Return what went wrong with a request, without the exceptions around it."""
     if isinstance(error, requests.HTTPError) and error.response is not None:
         return "%d %s" % (error.response.status_code, error.response.reason)
     if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError)):

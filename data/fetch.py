@@ -1,10 +1,10 @@
-"""Downloads, checks and unpacks the data sets and reference models (paper, section 4).
+"""Download, check and unpack the data sets and reference models of the paper (section 4).
 
     python data/fetch.py voc2007 caffenet --to datasets
 
-data/sources.json says where each file is, its checksum and what it unpacks to.  Interrupted
-downloads go on where they ended, and files that were put into the folder by hand are taken after
-the same check.
+data/sources.json has the addresses of each file, its checksum and the folder that it unpacks to.
+Downloads that were interrupted continue, and files that were put into the folder by hand are
+checked in the same way.
 """
 import argparse
 import contextlib
@@ -31,8 +31,13 @@ DIGITS = {"md5": 32, "sha1": 40, "sha256": 64}  # hexadecimal, of a checksum
 
 
 class Source(NamedTuple):
-    """A file to download: `hash` is 'md5:...', 'sha1:...' or 'sha256:...', `urls` are tried in
-    turn, and `unpacks_to` is the folder that a tar archive fills, '' for other files."""
+    """A file to download.
+
+    name         of the file
+    hash         'md5:...', 'sha1:...' or 'sha256:...'
+    urls         addresses, which are tried in turn
+    unpacks_to   folder that a tar archive fills; '' for other files
+    """
     name: str
     hash: str
     urls: List[str]
@@ -40,15 +45,15 @@ class Source(NamedTuple):
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Fetch what the command line names; return the exit status."""
+    """Fetch the data sets that the command line names; return the exit status."""
     parser = processes.Parser(prog="fetch.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", metavar="NAME", nargs="+",
                         help="voc2007, selective-search, caffenet, googlenet or vgg16")
     parser.add_argument("--to", metavar="DIR", default="datasets",
                         help="folder for the files (default: datasets)")
     parser.add_argument("--sources", metavar="FILE.json", default=SOURCES,
-                        help="other addresses and checksums, such as those of a mirror of your "
-                             "own, in the form of data/sources.json")
+                        help="other addresses and checksums, such as those of your own mirror "
+                             "(default: data/sources.json)")
     processes.log_to_stderr()
     pooch.get_logger().setLevel(logging.WARNING)
     return processes.command_line(_run, parser.parse_args(argv), parser.prog)
@@ -58,7 +63,8 @@ def _run(arguments: argparse.Namespace) -> None:
     sources = read_sources(arguments.sources)
     for name in arguments.names:
         if name not in sources:
-            raise ValueError("no data set '%s'; there are %s" % (name, ", ".join(sources)))
+            raise ValueError("There is no data set '%s'. There are %s."
+                             % (name, ", ".join(sources)))
     for name in arguments.names:
         places = [fetch(source, arguments.to) for source in sources[name]]
         for place in dict.fromkeys(places):
@@ -72,16 +78,16 @@ def read_sources(path: str) -> Dict[str, List[Source]]:
     """
     table = results.read_json(path)
     if not isinstance(table, dict):
-        raise ValueError("%s: not an object of data sets" % path)
+        raise ValueError("%s: the file is not an object of data sets" % path)
     return {name: [_source(entry, "%s: %s" % (path, name)) for entry in entries]
             for name, entries in table.items()}
 
 
 def fetch(source: Source, folder: str) -> str:
-    """Return the path of a file, or of the folder that an archive unpacks to, put there if need be.
+    """Return the path of a file, or of the folder of an archive, after downloading it if needed.
 
-    Raises ValueError where no address gives the file or its checksum is wrong, OSError where
-    the disk is full.  What stands under its final name is always whole.
+    Whatever has its final name is whole. Raises ValueError where no address has the file or its
+    checksum is wrong, and OSError where the disk is full.
     """
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, source.name)
@@ -105,10 +111,10 @@ def fetch(source: Source, folder: str) -> str:
 
 
 def unpack(archive: str, folder: str) -> None:
-    """Unpack a tar archive into `folder`; every file appears there whole.
+    """Unpack a tar archive into `folder`, where each file appears whole.
 
-    Raises ValueError where the archive is broken, or holds links, devices or paths that lead out
-    of the folder; nothing is put in place then.
+    Raises ValueError, and moves nothing into the folder, where the archive is broken or has links,
+    devices or paths that lead out of the folder.
     """
     with tempfile.TemporaryDirectory(prefix=".unpacking.", suffix=".part", dir=folder) as temporary:
         try:
@@ -116,7 +122,7 @@ def unpack(archive: str, folder: str) -> None:
                 for member in tqdm(members, unit="file", desc="unpacking", disable=None):
                     _extract(archive, members, member, temporary)
         except (tarfile.TarError, EOFError, zlib.error) as error:
-            raise ValueError("%s: a broken archive (%s)" % (archive, error)) from error
+            raise ValueError("%s: the archive is broken (%s)" % (archive, error)) from error
         _merge(temporary, folder)
 
 
@@ -125,9 +131,9 @@ def unpack(archive: str, folder: str) -> None:
 # ---------------------------------------------------------------------------------------------
 
 def _download(source: Source, folder: str) -> None:
-    """Put the file into the folder under its name, from the first address that gives it.
+    """Download a file from the first address that has it.
 
-    Until it is whole and checked, all of it stays in the folder NAME.part.
+    It stays in the folder NAME.part until it is whole and checked.
     """
     path = os.path.join(folder, source.name)
     unfinished = os.path.abspath(path + ".part")
@@ -145,22 +151,22 @@ def _download(source: Source, folder: str) -> None:
             failures.append("%s: %s" % (url, failure))
     finally:
         with contextlib.suppress(OSError):
-            os.rmdir(unfinished)  # where nothing came
-    raise ValueError("%s: no source gives it (%s); the file may also be put there by hand" % (
+            os.rmdir(unfinished)  # if it is empty
+    raise ValueError("%s: no address has the file (%s). It may also be put there by hand." % (
         path, "; ".join(failures)))
 
 
 def _try(url: str, source: Source, folder: str) -> Optional[str]:
-    """Download from one address; return what went wrong, None where nothing did."""
+    """Download from one address; return what went wrong, or None."""
     part = os.path.join(folder, "received")
     resumed = os.path.exists(part)
     try:
         pooch.retrieve(url, source.hash, fname=source.name, path=folder, downloader=Resuming(part))
     except DownloadError as error:
         return str(error)
-    except ValueError:  # pooch's word for it, in three lines; the file is gone
+    except ValueError:  # pooch's error for a wrong checksum; the file is gone
         if resumed:
-            log.info("wrong checksum; once more from the start")
+            log.info("wrong checksum; trying again from the start")
             return _try(url, source, folder)
         return "wrong checksum"
     return None
@@ -170,7 +176,7 @@ def _verify(path: str, expected: str) -> None:
     algorithm, digits = expected.split(":")
     found = pooch.file_hash(path, alg=algorithm)
     if found != digits:
-        raise ValueError("%s: its %s is %s, not %s; delete it to download it again" % (
+        raise ValueError("%s: its %s is %s, not %s. Delete the file to download it again." % (
             path, algorithm, found, digits))
 
 

@@ -1,8 +1,8 @@
-"""Writes the mean image of an LMDB as Caffe's `mean_file` (paper, section 4.5: CaffeNet's data).
+"""Write the mean image of an LMDB as Caffe's `mean_file` (section 4.5).
 
     python data/image_mean.py build/train.lmdb build/mean.binaryproto
 
-One pass over the records, a few of them in memory at a time; the sums are exact integers.
+The records are read once, and a few of them are in memory at a time. The sums are exact integers.
 """
 import argparse
 import collections
@@ -26,9 +26,9 @@ AHEAD = 256  # records that are decoded before they are added
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Write the mean of the database that the command line names; return the exit status."""
-    parser = processes.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("lmdb", metavar="LMDB", help="folder of a database of images of one size")
-    parser.add_argument("out", metavar="OUT.binaryproto", help="file for Caffe's mean_file")
+    parser = processes.Parser(prog="image_mean.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("lmdb", metavar="LMDB", help="database of images of one size")
+    parser.add_argument("out", metavar="OUT.binaryproto", help="file to write")
     processes.log_to_stderr()
     return processes.command_line(_run, parser.parse_args(argv), parser.prog)
 
@@ -44,7 +44,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def mean_image(path: str) -> np.ndarray:
     """Return the mean image, float64 (channels, height, width), of all records in a database.
 
-    Raises ValueError naming the first record whose size is not the first record's.
+    Raises ValueError naming the first record whose size differs from that of the first.
     """
     with ImageDatabase(path) as database:
         total: Optional[np.ndarray] = None
@@ -53,16 +53,16 @@ def mean_image(path: str) -> np.ndarray:
             if total is None:
                 total = np.zeros(pixels.shape, np.uint64)
             if pixels.shape != total.shape:
-                raise ValueError("%s: image %d is %d x %d x %d, the ones before it %d x %d x %d: "
-                                 "make the database with --resize"
+                raise ValueError("%s: image %d is %d x %d x %d, but those before it are %d x %d x "
+                                 "%d. Make the database with --resize."
                                  % ((path, number) + pixels.shape + total.shape))
             total += pixels
-    assert total is not None  # an ImageDatabase is never empty
+    assert total is not None  # because an ImageDatabase is never empty
     return total / (number + 1)
 
 
 def _decoded(database: ImageDatabase) -> Iterator[np.ndarray]:
-    """The images of a database in order, decoded by threads ahead of their use."""
+    """Yield the images of a database in order, decoded by threads ahead of their use."""
     records = database.records()
     waiting: Deque[concurrent.futures.Future] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

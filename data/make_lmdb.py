@@ -1,11 +1,11 @@
-"""Turns a list of labelled images into an LMDB for Caffe's Data layer (paper, section 4.5).
+"""Make an LMDB for Caffe's Data layer from a list of labeled images (section 4.5).
 
-    python data/make_lmdb.py train.txt build/train.lmdb --root ILSVRC2012/train --resize 256 \
+    python data/make_lmdb.py train.txt build/train.lmdb --root ILSVRC2012/train --resize 256 \\
         --shuffle --seed 0
     python data/make_lmdb.py train.txt build/train.lmdb --check
 
-Lines of the list are 'path label'.  The same list, options and seed give the same bytes, whatever
-the number of workers; a run that was killed goes on where it last committed.
+The lines of the list are 'path label'. The same list, options and seed give the same bytes, for any
+number of workers. A run that was killed continues after its last transaction.
 """
 import argparse
 import collections
@@ -32,14 +32,14 @@ import lmdb
 import numpy as np
 from tqdm import tqdm
 
-from ddinit import processes, results
+from ddinit import files, processes, results
 from image_database import MAP_BYTES, ImageDatabase, encoded_record, pixel_record, read_record
 
 log = logging.getLogger("make_lmdb")
 
-CHUNK = 256  # list entries written in one transaction: what a killed run loses at most
+CHUNK = 256  # entries in each transaction, which are the most that a killed run loses
 AHEAD = 2  # chunks that are decoded before they are written
-STATE = "make_lmdb.json"  # beside data.mdb: what the database is made from
+STATE = "make_lmdb.json"  # beside data.mdb: the list and the options of the database
 JPEG_QUALITY = 95
 LONGEST_KEY = 500  # LMDB allows 511 bytes
 
@@ -56,30 +56,30 @@ class Entry(NamedTuple):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Make or check the database that the command line names; return the exit status."""
-    parser = processes.Parser(description=__doc__.splitlines()[0])
+    parser = processes.Parser(prog="make_lmdb.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("list", metavar="LIST", help="text file of lines 'path label'")
     parser.add_argument("out", metavar="OUT.lmdb", help="folder of the database")
     parser.add_argument("--root", metavar="DIR", default="",
-                        help="folder that the list's paths start from")
+                        help="folder that the paths of the list start from")
     parser.add_argument("--resize", metavar="PIXELS", type=int,
-                        help="make every image PIXELS x PIXELS (default: leave its size)")
+                        help="resize images to PIXELS x PIXELS (default: keep their sizes)")
     parser.add_argument("--shuffle", action="store_true", help="store the images in random order")
-    parser.add_argument("--seed", type=int, default=0, help="of the order (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the order (default: 0)")
     parser.add_argument("--encoded", action="store_true",
-                        help="store image files, a tenth of the size, for a Caffe with OpenCV")
+                        help="store image files, which are smaller, for a Caffe with OpenCV")
     parser.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(),
                         help="threads that decode (default: one per core)")
     parser.add_argument("--check", action="store_true",
-                        help="read OUT.lmdb back and compare it with LIST")
+                        help="compare OUT.lmdb with LIST")
     processes.log_to_stderr()
     return processes.command_line(_run, parser.parse_args(argv), parser.prog)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.workers < 1:
-        raise ValueError("--workers must be at least 1")
+        raise ValueError("--workers has to be at least 1.")
     if arguments.resize is not None and arguments.resize < 1:
-        raise ValueError("--resize must be at least 1 pixel")
+        raise ValueError("--resize has to be at least 1 pixel.")
     entries = read_list(arguments.list)
     if arguments.check:
         check(arguments.out, entries)
@@ -90,17 +90,12 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def read_list(path: str) -> List[Entry]:
-    """Return the entries of a list of lines 'path label'; a path may hold blanks.
+    """Return the entries of a list of lines 'path label'; a path may contain blanks.
 
-    Raises ValueError naming file and line where a line is something else.
+    Raises ValueError naming the file and a line that is something else.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError("%s: cannot read the list (%s)" % (path, error)) from error
     entries = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(files.read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         fields = line.strip().rsplit(None, 1)
@@ -118,11 +113,11 @@ def read_list(path: str) -> List[Entry]:
 
 def make(entries: Sequence[Entry], out: str, root: str, settings: Dict[str, Any],
          workers: int) -> Dict[str, Any]:
-    """Write the images of `entries` into the database `out` and return its final state.
+    """Write the images of `entries` into the database `out`; return its final state.
 
-    `settings` are resize (pixels or None), encoded, shuffle and seed.  Entry number i of the
-    stored order has the key '%08d_path'; images that cannot be read are reported and left out.
-    Raises ValueError where `out` holds something else, or where no image can be read.
+    `settings` are resize (pixels or None), encoded, shuffle and seed. Entry i of the stored order
+    has the key '%08d_path'. Images that cannot be read are reported and left out. Raises ValueError
+    where `out` holds something else, or where no image can be read.
     """
     state: Dict[str, Any] = {"list_sha256": _list_hash(entries), "settings": settings}
     if _finished(out, state):
@@ -131,7 +126,7 @@ def make(entries: Sequence[Entry], out: str, root: str, settings: Dict[str, Any]
     stored = _in_stored_order(entries, settings)
     first = _first_to_write(out)
     if first:
-        log.info("%s holds the first %d images already: going on there", out, first)
+        log.info("%s holds the first %d images already; continuing after them", out, first)
     try:
         _write_chunks(out, stored, first, _encoder(root, settings), workers)
     except lmdb.Error as error:
@@ -151,22 +146,22 @@ def _list_hash(entries: Sequence[Entry]) -> str:
 def _in_stored_order(entries: Sequence[Entry], settings: Dict[str, Any]) -> List[Entry]:
     if not settings["shuffle"]:
         return list(entries)
-    # RandomState, not Generator: numpy promises that its stream never changes.
+    # RandomState, because numpy promises that its stream never changes.
     order = np.random.RandomState(settings["seed"]).permutation(len(entries))
     return [entries[place] for place in order]
 
 
 def _finished(out: str, state: Dict[str, Any]) -> bool:
-    """Whether `out` is complete; prepare its folder where there is nothing yet."""
+    """Return whether `out` is complete; make its folder if there is none."""
     path = os.path.join(out, STATE)
     if os.path.isdir(out) and os.listdir(out):
         if not os.path.exists(path):
-            raise ValueError("%s: holds files that this program did not make" % out)
+            raise ValueError("%s: the folder has files that this program has not made" % out)
         found = results.read_json(path)
         for name in ("list_sha256", "settings"):
             if found.get(name) != state[name]:
-                raise ValueError("%s: was made from another list or with other options (%s): "
-                                 "remove it first" % (out, found.get("settings")))
+                raise ValueError("%s: the database was made from another list or with other "
+                                 "options (%s). Remove it first." % (out, found.get("settings")))
         return bool(found.get("complete"))
     os.makedirs(out, exist_ok=True)
     results.write_json(path, state)
@@ -174,7 +169,7 @@ def _finished(out: str, state: Dict[str, Any]) -> bool:
 
 
 def _first_to_write(out: str) -> int:
-    """The list entry at which to go on: the first behind the last chunk that was committed."""
+    """Return the index of the first entry after the last chunk that was committed."""
     if not os.path.exists(os.path.join(out, "data.mdb")):
         return 0
     with lmdb.open(out, map_size=MAP_BYTES) as environment, environment.begin() as transaction:
@@ -185,14 +180,14 @@ def _first_to_write(out: str) -> int:
 
 def _write_chunks(out: str, stored: Sequence[Entry], first: int,
                   encode: Callable[[Entry], Record], workers: int) -> None:
-    """Write entries from number `first` on, a transaction for each chunk.
+    """Write the entries from `first` on, each chunk in a transaction.
 
-    The database is opened anew for every chunk: which free pages LMDB takes depends on what it
-    remembers of earlier transactions, and a resumed run must come to the same bytes.
+    The database is opened again for each chunk, because the pages that LMDB uses depend on earlier
+    transactions since it was opened, and a resumed run has to give the same bytes.
     """
     processes.keep_freed_memory()
     threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # our own threads use the cores
+    cv2.setNumThreads(1)  # the cores belong to our own threads
     pool = ThreadPoolExecutor(workers)
     chunks: Deque[Tuple[int, List[Future]]] = collections.deque()
     starts = iter(range(first, len(stored), CHUNK))
@@ -219,7 +214,7 @@ def _write_chunks(out: str, stored: Sequence[Entry], first: int,
 
 def _write_chunk(out: str, stored: Sequence[Entry], start: int, futures: Sequence[Future],
                  bar: Any) -> None:
-    # metasync=False: a power failure may lose the last transaction, never the database.
+    # metasync=False: a power failure may lose the last transaction, but not the database.
     with lmdb.open(out, map_size=MAP_BYTES, metasync=False) as environment, \
             environment.begin(write=True) as transaction:
         for place, future in enumerate(futures, start):
@@ -229,12 +224,12 @@ def _write_chunk(out: str, stored: Sequence[Entry], start: int, futures: Sequenc
                 log.warning("left out: %s", error)
             else:
                 if not transaction.put(_key(place, stored[place].path), record, append=True):
-                    raise ValueError("%s: another process writes into it" % out)
+                    raise ValueError("%s: another process is writing into it" % out)
             bar.update()
 
 
 def _encoder(root: str, settings: Dict[str, Any]) -> Callable[[Entry], Record]:
-    """Return the function that makes an entry's record."""
+    """Return the function from an entry to its record."""
     size, encoded = settings["resize"], settings["encoded"]
 
     def encode(entry: Entry) -> Record:
@@ -244,7 +239,7 @@ def _encoder(root: str, settings: Dict[str, Any]) -> Callable[[Entry], Record]:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) \
             if content else None
         if image is None:
-            raise ValueError("%s: not an image that OpenCV can read" % path)
+            raise ValueError("%s is not an image that OpenCV can read" % path)
         if size:
             image = cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
         if not encoded:
@@ -266,9 +261,9 @@ def _place(key: bytes) -> int:
 
 
 def _missing(out: str, stored: Sequence[Entry]) -> List[str]:
-    """The paths of entries that are not in the database.
+    """Return the paths of entries that are not in the database.
 
-    Raises ValueError where that is all of them.
+    Raises ValueError where these are all.
     """
     with lmdb.open(out, map_size=MAP_BYTES) as environment, environment.begin() as transaction:
         held = {_place(key) for key in transaction.cursor().iternext(keys=True, values=False)}
@@ -282,26 +277,27 @@ def _missing(out: str, stored: Sequence[Entry]) -> List[str]:
 # ---------------------------------------------------------------------------------------------
 
 def check(out: str, entries: Sequence[Entry]) -> None:
-    """Read every record of `out` and compare its key and label with the list it was made from.
+    """Compare the key and label of each record of `out` with its list.
 
-    Raises ValueError naming the first record that is unreadable, misplaced or wrongly labelled.
+    Raises ValueError naming the first record that cannot be read or has a wrong key or label.
     """
     state = results.read_json(os.path.join(out, STATE))
     if state["list_sha256"] != _list_hash(entries):
-        raise ValueError("%s: was made from another list" % out)
+        raise ValueError("%s: the database was made from another list" % out)
     if not state.get("complete"):
-        raise ValueError("%s: is not complete: run the command again without --check" % out)
+        raise ValueError("%s: the database is not complete. Run the command without --check."
+                         % out)
     stored = _in_stored_order(entries, state["settings"])
     shapes: Dict[Tuple[int, ...], int] = collections.Counter()
     for place, shape in _checked_shapes(out, stored):
         shapes[shape] += 1
         size = state["settings"]["resize"]
         if size and shape[1:] != (size, size):
-            raise ValueError("%s: record %d is %d x %d pixels"
+            raise ValueError("%s: record %d has %d x %d pixels"
                              % (out, place, shape[1], shape[2]))
     count = sum(shapes.values())
     if count != state["images"]:
-        raise ValueError("%s: holds %d images of %d" % (out, count, state["images"]))
+        raise ValueError("%s: there are only %d of %d images" % (out, count, state["images"]))
     usual = max(shapes, key=lambda shape: shapes[shape])
     log.info("%s: %d images as in the list, %d could not be read when it was made; %d of them are "
              "%d x %d x %d", out, count, len(state["broken"]), shapes[usual], *usual)
@@ -315,7 +311,7 @@ def _checked_shapes(out: str, stored: Sequence[Entry]) -> Iterator[Tuple[int, Tu
             place = _place(key.encode("utf-8"))
             pixels, label = read_record(record, "%s: record %s" % (out, key))
             if place >= len(stored) or label != stored[place].label:
-                raise ValueError("%s: record %s has the label %d, which the list does not give it"
+                raise ValueError("%s: record %s has the label %d, but not in the list"
                                  % (out, key, label))
             yield place, pixels.shape
 

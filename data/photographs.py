@@ -1,9 +1,9 @@
-"""Cuts images to initialise from out of the photographs that scikit-image and scikit-learn ship.
-
-For the demo and the tests: six photographs, from which a net's statistics come close to those of a
-real collection, but no more than that.
+"""Cut crops out of the photographs in scikit-image and scikit-learn, for the demo and the tests.
 
     python data/photographs.py build/photographs --count 160 --seed 0
+
+These are six photographs, whose statistics come close to those of a real collection of photographs,
+but no more than that.
 """
 import argparse
 import os
@@ -17,16 +17,17 @@ import sklearn.datasets
 
 from ddinit import files, processes
 
-# A crop's side, as a part of its photograph's shorter side.
+# The side of the smallest crop, as a part of the shorter side of its photograph.
 SMALLEST = 0.4
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Write the crops that the command line asks for; return the exit status."""
-    parser = processes.Parser(prog="photographs", description=__doc__.splitlines()[0])
-    parser.add_argument("out", metavar="DIR", help="folder to write 0000.jpg, 0001.jpg, ... into")
-    parser.add_argument("--count", type=int, default=160, help="images to cut (default: 160)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the crops (default: 0)")
+    parser = processes.Parser(prog="photographs.py",
+                              description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", metavar="DIR", help="folder for 0000.jpg, 0001.jpg, ...")
+    parser.add_argument("--count", type=int, default=160, help="number of crops (default: 160)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     return processes.command_line(_run, parser.parse_args(argv), parser.prog)
 
 
@@ -42,14 +43,14 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def photographs() -> List[np.ndarray]:
-    """Return the photographs (height, width, 3) in OpenCV's order, BGR."""
+    """Return the photographs (height, width, 3) in BGR."""
     found = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(),
              skimage.data.rocket(), *sklearn.datasets.load_sample_images().images]
     return [np.ascontiguousarray(image[:, :, ::-1]) for image in found]
 
 
 def random_crop(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a square part of random size and place, mirrored half of the time."""
+    """Return a square crop of random size and place, mirrored half of the time."""
     shorter = min(image.shape[:2])
     side = int(shorter * rng.uniform(SMALLEST, 1))
     top, left = (int(rng.integers(0, size - side + 1)) for size in image.shape[:2])

@@ -13,7 +13,6 @@ for each class, whose name ends in `_voc` and whose weights are drawn from N(0, 
 learn. Testing averages the scores of 10 random crops.
 """
 import argparse
-import logging
 import os
 import sys
 import threading
@@ -31,7 +30,7 @@ from ddinit.net import choose_device, use_device
 from ddinit.prototxt import build_net, caffe_messages, read_definition
 from training import options, run_folder
 from training.batches import Crops
-from training.loop import Plan, exit_status, train
+from training.loop import Plan, run
 from training.nets import image_source_layer
 from training.prefetch import Prefetcher
 from voc.average_precision import classification_ap
@@ -45,18 +44,10 @@ CLIPPED_AT = 10.0  # norm of the gradient
 TRAINING_SPLIT, TEST_SPLIT = "trainval", "test"
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------
-
 def run_training(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
     """Train as the command line says; return the exit status. It runs in a child process."""
     processes.log_to_stderr()
-    plan = training_plan(arguments, gpu)
-    outcome = train(plan)
-    if outcome.stopped_by is None:
-        logging.info("wrote %s", os.path.join(plan.folder, "final.caffemodel"))
-    return exit_status(outcome, plan)
+    return run(training_plan(arguments, gpu))
 
 
 def training_plan(arguments: argparse.Namespace, gpu: Optional[int]) -> Plan:
@@ -97,10 +88,6 @@ def solver_parameters(arguments: argparse.Namespace) -> Any:
         solver.momentum2 = MOMENTUM2
     return solver
 
-
-# ---------------------------------------------------------------------------------------------
-# Testing
-# ---------------------------------------------------------------------------------------------
 
 def run_test(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
     """Score a net as the command line says; return the exit status. It runs in a child process."""
@@ -163,10 +150,6 @@ def averaged_scores(caffe_net: Any, net: nets.Classifier, voc: Dict[str, str], i
     classes = max((len(row) for row in averaged if row is not None), default=0)
     return np.array([np.full(classes, np.nan) if row is None else row for row in averaged])
 
-
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train or test; return the exit status: 2 after an error, 130 or 143 after a signal."""

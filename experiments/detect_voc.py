@@ -30,7 +30,7 @@ from ddinit.net import choose_device, use_device
 from ddinit.prototxt import build_net, caffe_messages, read_definition
 from detection import batches, detections, nets, proposals
 from training import options, run_folder
-from training.loop import Folding, Plan, exit_status, train
+from training.loop import Folding, Plan, run
 from training.prefetch import Prefetcher
 from voc.average_precision import detection_ap
 from voc.folders import Objects, Voc
@@ -41,22 +41,14 @@ DROP = 0.1  # of the learning rate, every --step iterations
 TRAINING_SPLIT, TEST_SPLIT = "trainval", "test"
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------
-
 def run_training(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
     """Train as the command line says; return the exit status. It runs in a child process."""
     processes.log_to_stderr()
     table_folder = os.path.join(arguments.folder, ".rois")
     try:
-        plan = training_plan(arguments, gpu, table_folder)
-        outcome = train(plan)
+        return run(training_plan(arguments, gpu, table_folder))
     finally:
         shutil.rmtree(table_folder, ignore_errors=True)
-    if outcome.stopped_by is None:
-        logging.info("wrote %s", os.path.join(plan.folder, "final.caffemodel"))
-    return exit_status(outcome, plan)
 
 
 def training_plan(arguments: argparse.Namespace, gpu: Optional[int], table_folder: str) -> Plan:
@@ -64,7 +56,7 @@ def training_plan(arguments: argparse.Namespace, gpu: Optional[int], table_folde
     voc = Voc(arguments.voc)
     skeleton = nets.skeleton_of(read_definition(arguments.net))
     weights = None if arguments.weights == "none" else arguments.weights
-    if weights is None:  # seen to be filled before hours of selective search
+    if weights is None:  # checked before hours of selective search
         kept = caffe_messages().NetParameter(layer=[*skeleton.trunk, *skeleton.head])
         check_filled(kept, [layer.name for layer in kept.layer])
     images = voc.images(TRAINING_SPLIT)
@@ -77,9 +69,8 @@ def training_plan(arguments: argparse.Namespace, gpu: Optional[int], table_folde
     data = batches.layer_parameters(
         table_folder, table, means, deviations, arguments.scales, arguments.max_size,
         arguments.seed, arguments.workers, arguments.background_overlap)
-    native = nets.native_types(gpu is not None)
     return Plan(
-        net=nets.training_net(skeleton, len(voc.classes), data, native),
+        net=nets.training_net(skeleton, len(voc.classes), data),
         solver=solver_parameters(arguments), folder=arguments.folder,
         iterations=arguments.iterations, seed=arguments.seed, weights=weights,
         fresh=nets.FRESH, snapshot_every=arguments.snapshot, resume=arguments.resume,
@@ -124,10 +115,6 @@ def folding(means: np.ndarray, deviations: np.ndarray) -> Folding:
     return Folding(fold, unfold)
 
 
-# ---------------------------------------------------------------------------------------------
-# Testing
-# ---------------------------------------------------------------------------------------------
-
 class Scored(NamedTuple):
     """The images of a split, their objects and detections, and seconds per image."""
     images: List[str]
@@ -142,7 +129,7 @@ def run_test(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
     files.check_writable(arguments.out)
     voc = Voc(arguments.voc)
     use_device(gpu)
-    scored = detect(arguments, voc, gpu is not None)
+    scored = detect(arguments, voc)
     precision = detection_ap(scored.detections, scored.objects, len(voc.classes))
     stem = os.path.splitext(arguments.out)[0]
     detections.write_comp4(stem + "_comp4", TEST_SPLIT, voc.classes, scored.images,
@@ -161,9 +148,9 @@ def run_test(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
     return 0
 
 
-def detect(arguments: argparse.Namespace, voc: Voc, gpu: bool) -> Scored:
+def detect(arguments: argparse.Namespace, voc: Voc) -> Scored:
     """Return what the net detects in the test images."""
-    skeleton, net = _testing_net(arguments, len(voc.classes), gpu)
+    skeleton, net = _testing_net(arguments, len(voc.classes))
     images, objects, found = _test_images(arguments, voc)
     sizes = [(item.width, item.height) for item in objects]
     feed = Prefetcher(batches.make_testing_images, (
@@ -203,11 +190,9 @@ def _test_images(arguments: argparse.Namespace,
     return images, objects, found
 
 
-def _testing_net(arguments: argparse.Namespace, classes: int,
-                 gpu: bool) -> Tuple[nets.Skeleton, Any]:
+def _testing_net(arguments: argparse.Namespace, classes: int) -> Tuple[nets.Skeleton, Any]:
     skeleton = nets.skeleton_of(read_definition(arguments.net))
-    native = nets.native_types(gpu)
-    net = build_net(nets.testing_net(skeleton, classes, native))
+    net = build_net(nets.testing_net(skeleton, classes))
     missing = load_weights(net, arguments.weights)
     if missing:
         raise ValueError("%s: the file has no layer '%s'. Weights of this net are needed that "
@@ -223,10 +208,6 @@ def counts(classes: Sequence[str], objects: Sequence[Objects]) -> Dict[str, Any]
                    "difficult": int(((numbers == number) & difficult).sum())}
             for number, name in enumerate(classes)}
 
-
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train or test; return the exit status: 2 after an error, 130 or 143 after a signal."""

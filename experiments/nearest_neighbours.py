@@ -4,8 +4,8 @@
         build/kmeans.caffemodel build/doersch.caffemodel --queries queries.txt --pool pool.txt \\
         --layer fc7 -k 5 --out build/neighbours
 
-It writes OUT/MODEL.png and OUT/MODEL.html, with a row of pictures for each query, and
-OUT/neighbours.json. The lists name an image on each line; a label after it is ignored.
+It writes OUT/MODEL.png, with a row of pictures for each query, and OUT/neighbours.json. The lists
+name an image on each line; a label after it is ignored.
 """
 import argparse
 import logging
@@ -18,7 +18,7 @@ import numpy as np
 from ddinit import argument_types, processes, results
 from ddinit.argument_types import count
 from ddinit.net import choose_device
-from neighbours import pages
+from neighbours import montage
 from neighbours.features import FeatureNet, cached_features
 from neighbours.lists import read_paths
 from neighbours.search import Neighbours, nearest
@@ -69,9 +69,10 @@ def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
         found = neighbours_of(source, queries, pool, arguments.k,
                               os.path.join(arguments.out, "features"))
         rows = described(queries, pool, found)
-        pages.write(arguments.out, name, rows)
+        montage.write(os.path.join(arguments.out, name + ".png"), [
+            [row["query"], *[one["image"] for one in row["neighbours"]]] for row in rows])
         models[name] = {"weights": weights, "queries": rows}
-        log.info("%s: %s", name, os.path.join(arguments.out, name + ".html"))
+        log.info("%s: %s", name, os.path.join(arguments.out, name + ".png"))
     results.write_json(os.path.join(arguments.out, "neighbours.json"), {
         **results.provenance(None, argv), "layer": arguments.layer, "models": models})
 
@@ -90,10 +91,6 @@ def model_names(weights: Sequence[str]) -> List[str]:
             raise ValueError("Two models are called %s. Rename one of them." % name)
     return names
 
-
-# ---------------------------------------------------------------------------------------------
-# Neighbors
-# ---------------------------------------------------------------------------------------------
 
 def neighbours_of(source: FeatureNet, queries: Sequence[str], pool: Sequence[str], k: int,
                   cache: str) -> Neighbours:

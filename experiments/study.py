@@ -142,10 +142,6 @@ def prepare(path: str, settings: Dict[str, Any], folder: str, out: str) -> Study
     return Study(settings, nets, images.classes, iterations, out, runs.runner())
 
 
-# ---------------------------------------------------------------------------------------------
-# Trials
-# ---------------------------------------------------------------------------------------------
-
 def run_all(study: Study, rows: Sequence[Row], jobs: int) -> List[Dict[str, Any]]:
     """Return all trials: all rates with the first seed, and the best of them with all seeds."""
     settings, first = study.settings, study.settings["seeds"][0]

@@ -134,10 +134,6 @@ def _mean(values: List[float]) -> str:
     return "%.3f" % mean if error is None else "%.3f ± %.3f" % (mean, error)
 
 
-# ---------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------
-
 def lighter(voc: Voc, folder: str) -> str:
     """Make a VOC folder with the same annotations and lighter images; return it.
 

@@ -19,7 +19,7 @@ import argparse
 import logging
 import os
 import sys
-from typing import Any, Dict, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from google.protobuf import text_format
 
@@ -30,10 +30,10 @@ from ddinit.net import choose_device
 from ddinit.prototxt import build_net, caffe_messages, read_definition
 from imagenet import nets
 from imagenet.images import dataset_of
-from imagenet.validation import Scores, TrainingScores
+from imagenet.validation import Scores, training_means
 from training import options, run_folder
 from training.batches import MEAN, Crops, named_dataset
-from training.loop import Measurement, Plan, exit_status, train
+from training.loop import Measurement, Plan, run
 from training.nets import image_source_layer
 
 
@@ -63,24 +63,17 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------
-
 def run_training(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
     """Train as the command line says; return the exit status. It runs in a child process."""
     processes.log_to_stderr()
     validation = scores(arguments, arguments.val)
-    plan = training_plan(arguments, gpu, validation)
     try:
-        outcome = train(plan)
-        if outcome.stopped_by is None:
-            logging.info("wrote %s", os.path.join(plan.folder, "final.caffemodel"))
-            if arguments.test is not None:
-                test(arguments)
+        status = run(training_plan(arguments, gpu, validation))
     finally:
         validation.close()
-    return exit_status(outcome, plan)
+    if not status and arguments.test is not None:
+        test(arguments)
+    return status
 
 
 def training_plan(arguments: argparse.Namespace, gpu: Optional[int], validation: Scores) -> Plan:
@@ -93,12 +86,10 @@ def training_plan(arguments: argparse.Namespace, gpu: Optional[int], validation:
     source = image_source_layer("data", (net.image.blob, "label"), dataset_of(arguments.train),
                                 data, crops_of(net, arguments), arguments.batch_size,
                                 arguments.seed, arguments.workers)
-    training = TrainingScores(arguments.folder, arguments.validate_every)
 
-    def measure(caffe_net: Any) -> Dict[str, float]:
-        values = validation.measure(caffe_net)
-        return {**training.measure(), **{"validation_" + name: value
-                                         for name, value in values.items()}}
+    def measure(caffe_net: Any, rows: List[Dict[str, float]]) -> Dict[str, float]:
+        return {**training_means(rows), **{"validation_" + name: value for name, value
+                                           in validation.measure(caffe_net).items()}}
 
     solver = solver_of(arguments)
     return Plan(
@@ -179,10 +170,6 @@ def test(arguments: argparse.Namespace) -> None:
         **results.provenance(arguments.seed)})
     logging.info("test error %.4f", found["error"])
 
-
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train; return the exit status: 2 after an error, 130 or 143 after a signal."""

@@ -1,11 +1,10 @@
-"""Writes the network definitions of this folder from one description of each (paper, section 4).
+"""Write the network definitions of this folder from one description of each (section 4).
 
     python models/generate.py
 
-rewrites models/*/deploy.prototxt and models/*/train_val.prototxt; `--to DIR` writes elsewhere.
-Layer and blob names, shapes, fillers and learning rate multipliers of the reference networks are
-those of the public definitions, so that public caffemodels load.  What each net is for:
-models/README.md.
+It writes models/*/deploy.prototxt and models/*/train_val.prototxt. Names, shapes, fillers and
+learning rate multipliers of the reference networks are those of the public definitions, so that
+public caffemodels can be loaded. models/README.md says what each net is for.
 """
 import argparse
 import logging
@@ -73,7 +72,7 @@ def definitions() -> Dict[str, str]:
         "caffenet_nolrn/train_val.prototxt": definition(
             "CaffeNet_noLRN", ABOUT_NOLRN + ABOUT_DATA, caffenet_train_val(nolrn)),
         "caffenet_bn/deploy.prototxt": definition(
-            "CaffeNet_BN", ABOUT_BN, deploy(caffenet(CAFFENET, normalise=True), side=227)),
+            "CaffeNet_BN", ABOUT_BN, deploy(caffenet(CAFFENET, normalize=True), side=227)),
         "caffenet_ungrouped/deploy.prototxt": definition(
             "CaffeNet_ungrouped", ABOUT_UNGROUPED, deploy(ungrouped, side=227)),
         "caffenet_tiny/deploy.prototxt": definition(
@@ -90,7 +89,7 @@ def definitions() -> Dict[str, str]:
             deploy(caffenet(CAFFENET_CIFAR_HALF), side=32)),
         "caffenet_cifar_half_bn/deploy.prototxt": definition(
             "CaffeNet_CIFAR_half_BN", ABOUT_CIFAR_HALF_BN,
-            deploy(caffenet(CAFFENET_CIFAR_HALF, normalise=True), side=32)),
+            deploy(caffenet(CAFFENET_CIFAR_HALF, normalize=True), side=32)),
         "googlenet/deploy.prototxt": definition(
             "GoogleNet", ABOUT_GOOGLENET, deploy(googlenet(), side=224)),
         "googlenet/train_val.prototxt": definition(
@@ -132,7 +131,7 @@ class Row(NamedTuple):
 
 ABOUT_CAFFENET = """\
 CaffeNet: the reference network of Caffe (bvlc_reference_caffenet), which is the network of
-Krizhevsky, Sutskever & Hinton 2012 with pooling before normalisation.  Names, shapes and the
+Krizhevsky, Sutskever & Hinton 2012 with pooling before normalization.  Names, shapes and the
 hand-tuned fillers are the reference's.  60,965,224 parameters.
 """
 CAFFENET = [
@@ -148,13 +147,13 @@ CAFFENET = [
 ]
 
 ABOUT_NOLRN = """\
-CaffeNet without its two local response normalisations (paper, section 4.5 and figure 3);
+CaffeNet without its two local response normalizations (paper, section 4.5 and figure 3);
 everything else is CaffeNet, whose caffemodels load.  60,965,224 parameters.
 """
 ABOUT_BN = """\
-CaffeNet with batch normalisation after every affine layer but the last (paper, table 1).
+CaffeNet with batch normalization after every affine layer but the last (paper, table 1).
 Everything else is CaffeNet, so that the two differ in nothing but that: the local response
-normalisations stay, and so do the biases, although BatchNorm subtracts them, because Caffe
+normalizations stay, and so do the biases, although BatchNorm subtracts them, because Caffe
 loads a CaffeNet caffemodel only into layers with as many blobs.  60,984,360 parameters.
 """
 ABOUT_UNGROUPED = """\
@@ -182,7 +181,7 @@ CAFFENET_TINY = [
 
 ABOUT_SMALL = """\
 CaffeNet's layers at a fraction of its width and half its stride, for detecting small objects
-(experiments/detection_demo.py): cells of conv5 are 8 pixels apart.  Without dropout, which such
+(experiments/study_detection.py): cells of conv5 are 8 pixels apart.  Without dropout, which such
 narrow layers do not need.  Fillers are made as caffenet_tiny's.  197,172 parameters.
 """
 CAFFENET_SMALL = [
@@ -198,11 +197,11 @@ CAFFENET_SMALL = [
 ]
 
 ABOUT_CIFAR = """\
-A small net in CaffeNet's image for 32x32 colour images of 10 classes (CIFAR-10, Krizhevsky 2009).
+A small net in CaffeNet's image for 32x32 color images of 10 classes (CIFAR-10, Krizhevsky 2009).
 251,018 parameters.
 """
 ABOUT_CIFAR_NOLRN = """\
-caffenet_cifar without its two local response normalisations (paper, section 4.5).
+caffenet_cifar without its two local response normalizations (paper, section 4.5).
 251,018 parameters.
 """
 CAFFENET_CIFAR = [
@@ -239,11 +238,11 @@ CAFFENET_CIFAR_HALF = [
 ]
 
 
-def caffenet(rows: Sequence[Row], lrn: bool = True, normalise: bool = False,
+def caffenet(rows: Sequence[Row], lrn: bool = True, normalize: bool = False,
              drop: bool = True) -> Layers:
     """Return CaffeNet's layers from conv1 to fc8, with the affine layers in `rows`.
 
-    `lrn` keeps the local response normalisations and `drop` the dropouts; `normalise` follows
+    `lrn` keeps the local response normalizations and `drop` the dropouts; `normalize` follows
     every affine layer but the last by BatchNorm and Scale.
     """
     layers: Layers = []
@@ -260,7 +259,7 @@ def caffenet(rows: Sequence[Row], lrn: bool = True, normalise: bool = False,
         if row is rows[-1]:
             break
         bottom = row.name
-        if normalise:
+        if normalize:
             layers += batch_norm(row.name + "/bn", row.name + "/scale", bottom)
         layers.append(relu("relu" + number, bottom))
         if row.name in ("conv1", "conv2", "conv5"):
@@ -305,8 +304,8 @@ INCEPTION = {
     "5a": (256, 160, 320, 32, 128, 128),
     "5b": (384, 192, 384, 48, 128, 128),
 }
-TOWERS = {"4a": "loss1", "4d": "loss2"}  # the auxiliary classifiers behind these modules
-POOLED = {"3b": "pool3/3x3_s2", "4e": "pool4/3x3_s2"}  # the poolings behind these modules
+TOWERS = {"4a": "loss1", "4d": "loss2"}  # the auxiliary classifiers after these modules
+POOLED = {"3b": "pool3/3x3_s2", "4e": "pool4/3x3_s2"}  # the poolings after these modules
 
 
 def googlenet(towers: bool = True, losses: bool = False) -> Layers:
@@ -370,7 +369,7 @@ def inception(part: str, bottom: str, outputs: Sequence[int]) -> Layers:
 
 def tower(part: str, bottom: str, num_conv: int = 128, num_fc: int = 1024,
           classes: int = 1000) -> Layers:
-    """Return an auxiliary classifier behind its pooling."""
+    """Return an auxiliary classifier, without its pooling."""
     return [
         *rectified(part, "conv", bottom, num_conv, 1),
         inner_product(part + "/fc", part + "/conv", num_fc, weights=XAVIER, bias=0.2),
@@ -398,8 +397,8 @@ def googlenet_train_val(towers: bool) -> Layers:
 
 
 ABOUT_GOOGLENET_CIFAR = """\
-A small net in GoogLeNet's image for 32x32 colour images of 10 classes (CIFAR-10, Krizhevsky 2009):
-its first five inception modules at a quarter of their width, with an auxiliary classifier behind
+A small net in GoogLeNet's image for 32x32 color images of 10 classes (CIFAR-10, Krizhevsky 2009):
+its first five inception modules at a quarter of their width, with an auxiliary classifier after
 the third and the fourth.  270,446 parameters.
 """
 ABOUT_GOOGLENET_CIFAR_SINGLE = """\
@@ -476,7 +475,7 @@ def vgg16() -> Layers:
 
 
 ABOUT_RESIDUAL = """\
-A residual net (He et al. 2016, section 4.2) of three stages of two blocks for 32x32 colour images
+A residual net (He et al. 2016, section 4.2) of three stages of two blocks for 32x32 color images
 of 10 classes, named as the public ResNet definitions are.  Where a stage halves the map, its
 shortcut is a projection; the other shortcuts are identities.  Convolutions have no biases, since
 BatchNorm follows.  175,258 parameters.
@@ -486,7 +485,7 @@ BatchNorm follows.  175,258 parameters.
 def residual() -> Layers:
     """Return the layers of the residual net."""
     layers = [
-        *normalised_convolution("conv1", "_conv1", "data", 16, 3),
+        *normalized_convolution("conv1", "_conv1", "data", 16, 3),
         relu("conv1_relu", "conv1"),
     ]
     bottom = "conv1"
@@ -510,20 +509,20 @@ def residual_block(block: str, bottom: str, width: int, stride: int) -> Layers:
     shortcut = bottom
     if stride > 1:
         shortcut = name + "_branch1"
-        layers += normalised_convolution(shortcut, block + "_branch1", bottom, width, 1, stride)
+        layers += normalized_convolution(shortcut, block + "_branch1", bottom, width, 1, stride)
     return [
         *layers,
-        *normalised_convolution(first, block + "_branch2a", bottom, width, 3, stride),
+        *normalized_convolution(first, block + "_branch2a", bottom, width, 3, stride),
         relu(first + "_relu", first),
-        *normalised_convolution(second, block + "_branch2b", first, width, 3),
+        *normalized_convolution(second, block + "_branch2b", first, width, 3),
         layer(name, "Eltwise", [shortcut, second], eltwise_param={"operation": Enum("SUM")}),
         relu(name + "_relu", name),
     ]
 
 
-def normalised_convolution(name: str, suffix: str, bottom: str, num_output: int, kernel_size: int,
+def normalized_convolution(name: str, suffix: str, bottom: str, num_output: int, kernel_size: int,
                            stride: int = 1) -> Layers:
-    """Return a convolution that keeps the map's size, up to its stride, and its normalisation."""
+    """Return a convolution that keeps the map's size, up to its stride, and its normalization."""
     return [
         convolution(name, bottom, num_output, kernel_size, stride, pad=kernel_size // 2,
                     weights=MSRA, bias=None),

@@ -75,12 +75,12 @@ def pooling(name: str, bottom: str, method: str, kernel_size: int, stride: int, 
 
 
 def local_response(name: str, bottom: str) -> Message:
-    """Return the local response normalisation of Krizhevsky et al. 2012."""
+    """Return the local response normalization of Krizhevsky et al. 2012."""
     return layer(name, "LRN", bottom, lrn_param={"local_size": 5, "alpha": 0.0001, "beta": 0.75})
 
 
 def batch_norm(name: str, scale_name: str, blob: str) -> Layers:
-    """Return a batch normalisation and its scale and shift, in place.
+    """Return a batch normalization and its scale and shift, in place.
 
     BatchNorm's three blobs are statistics of the data, which no solver may change.
     """

@@ -14,7 +14,7 @@ import numpy as np
 
 from ddinit import files
 from detection import boxes
-from training.batches import decoded
+from training.batches import decoded, first_readable
 from training.prefetch import Batch
 from voc.folders import Voc
 from voc.overlap import overlaps
@@ -61,10 +61,6 @@ class Rois(NamedTuple):
     truth: np.ndarray
     classes: np.ndarray
 
-
-# ---------------------------------------------------------------------------------------------
-# The training set
-# ---------------------------------------------------------------------------------------------
 
 def collect(voc: Voc, images: Sequence[str], proposals: Sequence[np.ndarray]) -> RoiTable:
     """Return the table of a split and its proposals, without images that show no object.
@@ -154,10 +150,6 @@ def _ends(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
 
 
-# ---------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------
-
 def read_image(path: str, width: int, height: int) -> np.ndarray:
     """Return an image, uint8 BGR (height, width, 3), which has to have the annotated size.
 
@@ -201,10 +193,6 @@ def largest_image_bytes(sizes: np.ndarray, scales: Sequence[int], longest: int) 
                                                                       longest))))
                for width, height in np.unique(sizes, axis=0).tolist() for shortest in scales)
 
-
-# ---------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------
 
 class DetectionBatches:
     """Batches of a table as a function of the batch number.
@@ -257,18 +245,18 @@ class DetectionBatches:
         return scaled(pixels, scale), [rows * scale, labels, wanted, weights]
 
     def _read(self, position: int, broken: List[str]) -> Tuple[int, bool, np.ndarray]:
+        """Return the index of an image, whether it is mirrored, and the image."""
         count = 2 * len(self.table.paths)
         epoch, place = divmod(position, count)
         order = np.random.default_rng([self.seed, 0, epoch]).permutation(count)
-        for step in range(min(self.broken_limit + 1, count)):
-            index, mirror = divmod(int(order[(place + step) % count]), 2)
-            try:
-                width, height = self.table.sizes[index].tolist()
-                return index, bool(mirror), read_image(self.table.paths[index], width, height)
-            except ValueError as error:
-                broken.append(str(error))
-        raise ValueError("%d images in a row are broken; the last is %s"
-                         % (len(broken), broken[-1]))
+        places = np.arange(place, place + min(self.broken_limit + 1, count))
+        number, pixels = first_readable(self._image_of, order.take(places, mode="wrap"), broken)
+        return number // 2, bool(number % 2), pixels
+
+    def _image_of(self, number: int) -> np.ndarray:
+        """Return an image; each has two numbers in an epoch, for itself and its mirror image."""
+        width, height = self.table.sizes[number // 2].tolist()
+        return read_image(self.table.paths[number // 2], width, height)
 
     def _sample(self, rois: Rois, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
         """Return the indices of at most ROIS ROIs, objects first, and labels (0: background)."""

@@ -87,10 +87,6 @@ class Collected:
         return Detections(rows, scores, numbers)
 
 
-# ---------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------
-
 def write_comp4(folder: str, split: str, classes: Sequence[str], images: Sequence[str],
                 detections: Sequence[Detections]) -> None:
     """Write comp4_det_SPLIT_CLASS.txt for each class, as the development kit reads it.

@@ -7,16 +7,13 @@ their output is centered on input stride * i: in CaffeNet conv1 by 5 and pool1 a
 Fast R-CNN's own definition.
 """
 import json
-from typing import Any, Collection, Dict, List, NamedTuple, Sequence, Tuple
-
-from google.protobuf import text_format
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 from ddinit.prototxt import (
     Input,
     build_net,
     caffe_messages,
     image_layers,
-    import_caffe,
     output_blobs,
 )
 from training.nets import AFFINE, input_net, needed_for, plain
@@ -50,29 +47,24 @@ class Skeleton(NamedTuple):
     stride: int
 
 
-# ---------------------------------------------------------------------------------------------
-# The nets
-# ---------------------------------------------------------------------------------------------
-
-def training_net(skeleton: Skeleton, classes: int, data: Dict[str, Any],
-                 native: Collection[str] = ()) -> Any:
+def training_net(skeleton: Skeleton, classes: int, data: Dict[str, Any]) -> Any:
     """Return the NetParameter to train, for `classes` classes and the background.
 
-    `data` are those of `batches.layer_parameters`, `native` those of `native_types`.
+    `data` are those of `batches.layer_parameters`.
     """
     net = caffe_messages().NetParameter(name=skeleton.name)
     source = net.layer.add(name="data", type="Python", top=[skeleton.image, "rois", *LABELS])
     source.python_param.module = "detection.roi_data"
     source.python_param.layer = "RoiData"
     source.python_param.param_str = json.dumps(data)
-    _add_layers(net, skeleton, classes, native)
+    _add_layers(net, skeleton, classes)
     net.layer.add(name="loss_cls", type="SoftmaxWithLoss", bottom=["cls_score", "labels"],
                   top=["loss_cls"], loss_weight=[1])
-    add_smooth_l1_loss(net, "loss_bbox", ("bbox_pred",) + LABELS[1:], native)
+    add_smooth_l1_loss(net, "loss_bbox", ("bbox_pred",) + LABELS[1:])
     return net
 
 
-def testing_net(skeleton: Skeleton, classes: int, native: Collection[str] = ()) -> Any:
+def testing_net(skeleton: Skeleton, classes: int) -> Any:
     """Return the NetParameter that scores ROIs.
 
     Its inputs, the image and 'rois', are reshaped for each image. Its outputs are 'cls_prob' (ROIs,
@@ -82,15 +74,15 @@ def testing_net(skeleton: Skeleton, classes: int, native: Collection[str] = ()) 
     for blob, shape in ((skeleton.image, (1, 3, 224, 224)), ("rois", (1, 5))):
         layer = net.layer.add(name=blob, type="Input", top=[blob])
         layer.input_param.shape.add(dim=shape)
-    _add_layers(net, skeleton, classes, native)
+    _add_layers(net, skeleton, classes)
     net.layer.add(name="cls_prob", type="Softmax", bottom=["cls_score"], top=["cls_prob"])
     return net
 
 
-def _add_layers(net: Any, skeleton: Skeleton, classes: int, native: Collection[str]) -> None:
+def _add_layers(net: Any, skeleton: Skeleton, classes: int) -> None:
     net.layer.extend(skeleton.trunk)
     add_roi_pooling(net, "roi_" + skeleton.pooling, skeleton.maps, skeleton.pooled, skeleton.side,
-                    1.0 / skeleton.stride, native)
+                    1.0 / skeleton.stride)
     net.layer.extend(skeleton.head)
     for name, outputs, deviation in zip(FRESH, (classes + 1, 4 * (classes + 1)), (0.01, 0.001)):
         layer = net.layer.add(name=name, type="InnerProduct", bottom=[skeleton.feature],
@@ -115,54 +107,28 @@ def _set_rates(layer: Any) -> None:
         del layer.param[1]
 
 
-# ---------------------------------------------------------------------------------------------
-# The layers that stock Caffe lacks
-# ---------------------------------------------------------------------------------------------
-
-def native_types(gpu: bool) -> Collection[str]:
-    """Return which of the types ROIPooling and SmoothL1Loss this Caffe can train with.
-
-    On the CPU it is none, because the forks that have these layers abort there.
-    """
-    if not gpu:
-        return set()
-    return {"ROIPooling", "SmoothL1Loss"} & set(import_caffe().layer_type_list())
-
-
-def add_roi_pooling(net: Any, name: str, maps: str, top: str, side: int, spatial_scale: float,
-                    native: Collection[str] = ()) -> None:
+def add_roi_pooling(net: Any, name: str, maps: str, top: str, side: int,
+                    spatial_scale: float) -> None:
     """Add a layer to a NetParameter that pools `maps` in each of 'rois' to (side, side)."""
-    layer = net.layer.add(name=name, bottom=[maps, "rois"], top=[top])
-    if "ROIPooling" in native:
-        text_format.Merge('type: "ROIPooling" roi_pooling_param { pooled_h: %d pooled_w: %d '
-                          "spatial_scale: %r }" % (side, side, spatial_scale), layer)
-    else:
-        _python_layer(layer, "ROIPooling", {"side": side, "spatial_scale": spatial_scale})
+    _add_python(net, name, "ROIPooling", [maps, "rois"], top,
+                {"side": side, "spatial_scale": spatial_scale})
 
 
-def add_smooth_l1_loss(net: Any, name: str, bottoms: Sequence[str],
-                       native: Collection[str] = ()) -> None:
+def add_smooth_l1_loss(net: Any, name: str, bottoms: Sequence[str]) -> None:
     """Add a smooth L1 loss (sigma 1) of weight 1 to a NetParameter.
 
     `bottoms` are the prediction, the target, and the inside and outside weights.
     """
-    layer = net.layer.add(name=name, bottom=bottoms, top=[name], loss_weight=[1])
-    if "SmoothL1Loss" in native:
-        text_format.Merge('type: "SmoothL1Loss" smooth_l1_loss_param { sigma: 1 }', layer)
-    else:
-        _python_layer(layer, "SmoothL1Loss", {"sigma": 1})
+    _add_python(net, name, "SmoothL1Loss", bottoms, name, {"sigma": 1}, loss_weight=[1])
 
 
-def _python_layer(layer: Any, name: str, parameters: Dict[str, Any]) -> None:
-    layer.type = "Python"
+def _add_python(net: Any, name: str, kind: str, bottoms: Sequence[str], top: str,
+                parameters: Dict[str, Any], **fields: Any) -> None:
+    layer = net.layer.add(name=name, type="Python", bottom=bottoms, top=[top], **fields)
     layer.python_param.module = "detection.roi_layers"
-    layer.python_param.layer = name
+    layer.python_param.layer = kind
     layer.python_param.param_str = json.dumps(parameters)
 
-
-# ---------------------------------------------------------------------------------------------
-# Taking a classification net apart
-# ---------------------------------------------------------------------------------------------
 
 def skeleton_of(definition: Any) -> Skeleton:
     """Return the parts of a classification net that detection keeps.
@@ -233,10 +199,6 @@ def _side(layers: Sequence[Any], image: Input, blob: str) -> int:
                          "square." % (blob, height, width))
     return int(height)
 
-
-# ---------------------------------------------------------------------------------------------
-# Geometry
-# ---------------------------------------------------------------------------------------------
 
 def _center(layer: Any) -> None:
     """Pad a strided layer so that its output i is centered on its input stride * i."""

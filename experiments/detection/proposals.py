@@ -65,10 +65,6 @@ def described(arguments: argparse.Namespace) -> Dict[str, Any]:
     return {"proposals": {"opencv": cv2.__version__, **search_of(arguments)._asdict()}}
 
 
-# ---------------------------------------------------------------------------------------------
-# Files of selective search
-# ---------------------------------------------------------------------------------------------
-
 def read_mat(path: str, images: Sequence[str]) -> List[np.ndarray]:
     """Return the boxes (n, 4) of each of `images` in a selective-search .mat.
 
@@ -118,10 +114,6 @@ def _boxes(cell: Any, path: str, image: str) -> np.ndarray:
                          % (path, image, array.dtype, array.shape))
     return array[:, [1, 0, 3, 2]].astype(np.float32) - 1
 
-
-# ---------------------------------------------------------------------------------------------
-# OpenCV's selective search
-# ---------------------------------------------------------------------------------------------
 
 def compute(paths: Sequence[str], search: Search, cache: str,
             processes: int) -> Iterator[np.ndarray]:
@@ -227,10 +219,6 @@ def _saved(path: str) -> Optional[np.ndarray]:
         return None
     return found if found.ndim == 2 and found.shape[1] == 4 and len(found) else None
 
-
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose proposals and how they are computed."""

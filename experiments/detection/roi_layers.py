@@ -15,10 +15,6 @@ from detection import boxes
 caffe: Any = import_caffe()
 
 
-# ---------------------------------------------------------------------------------------------
-# The layers
-# ---------------------------------------------------------------------------------------------
-
 class ROIPooling(caffe.Layer):
     """Maps (n, channels, h, w) and ROIs (r, 5) to (r, channels, side, side).
 
@@ -74,10 +70,6 @@ class SmoothL1Loss(caffe.Layer):
             if propagate_down[i]:
                 np.multiply(self.slope, np.float32(sign) * top[0].diff, out=bottom[i].diff)
 
-
-# ---------------------------------------------------------------------------------------------
-# The computations
-# ---------------------------------------------------------------------------------------------
 
 def smooth_l1(difference: np.ndarray, knee: float) -> Tuple[np.ndarray, np.ndarray]:
     """Return f(d) and f'(d) of differences; f is quadratic up to `knee`, which is 1 / sigma^2."""

@@ -1,8 +1,5 @@
 """Measure losses and errors in training and in validation, for curves.csv (section 4.5)."""
-import csv
-import io
-import os
-from typing import Any, Dict, List
+from typing import Any, Dict, Sequence
 
 import numpy as np
 
@@ -55,42 +52,8 @@ class Scores:
         self._feed.close()
 
 
-class TrainingScores:
-    """Means of the training loss and error in log.csv since the measurement before."""
-
-    def __init__(self, folder: str, every: int) -> None:
-        self._log = _Tail(os.path.join(folder, "log.csv"))
-        self._every = every
-
-    def measure(self) -> Dict[str, float]:
-        """Return `training_loss` and `training_error`, NaN before the first iteration."""
-        rows = self._log.new_rows()
-        last = rows[-1]["iteration"] if rows else 0
-        start = (last - 1) // self._every * self._every  # a resumed run reads older rows as well
-        rows = [row for row in rows if row["iteration"] > start]
-        return {"training_loss": _mean(rows, nets.FINAL_LOSS),
-                "training_error": _mean(rows, nets.ERROR)}
-
-
-def _mean(rows: List[Dict[str, float]], name: str) -> float:
-    return float(np.mean([row[name] for row in rows])) if rows else float("nan")
-
-
-class _Tail:
-    """The rows of a growing table that have not been read yet."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._heading = ""
-        self._read = 0
-
-    def new_rows(self) -> List[Dict[str, float]]:
-        if not os.path.exists(self._path):
-            return []
-        with open(self._path, newline="", encoding="utf-8") as file:
-            self._heading = file.readline()
-            file.seek(max(self._read, len(self._heading)))
-            text = file.read()
-            self._read = file.tell()
-        return [{name: float(cell) for name, cell in row.items()}
-                for row in csv.DictReader(io.StringIO(self._heading + text))]
+def training_means(rows: Sequence[Dict[str, float]]) -> Dict[str, float]:
+    """Return the means of loss and error over rows of log.csv, NaN where there is none."""
+    return {"training_" + name: float(np.mean([row[column] for row in rows])) if rows
+            else float("nan") for name, column in (("loss", nets.FINAL_LOSS),
+                                                   ("error", nets.ERROR))}

@@ -1,1 +1,1 @@
-"""Nearest neighbors in feature spaces (figure 2): features, the search, and pages of the result."""
+"""Nearest neighbors in feature spaces (figure 2): features, the search, and the picture."""

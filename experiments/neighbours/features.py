@@ -75,10 +75,6 @@ def _key(source: FeatureNet, images: Sequence[str]) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:20]
 
 
-# ---------------------------------------------------------------------------------------------
-# In Caffe's process
-# ---------------------------------------------------------------------------------------------
-
 def feature_definition(path: str, layer: str, batch_size: int) -> Any:
     """Return the NetParameter in `path`, cut after the blob `layer`, and its image input.
 

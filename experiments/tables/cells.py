@@ -60,11 +60,6 @@ def _table(title: str, columns: Sequence[str], rows: Dict[str, Sequence[Optional
              for column, paper in zip(columns, numbers) if paper is not None]
     return Table(title, columns, list(rows), cells)
 
-
-# ---------------------------------------------------------------------------------------------
-# Table 1: scalings, solvers and batch normalization
-# ---------------------------------------------------------------------------------------------
-
 SCALING_ROWS = {"no scaling": "none", "within-layer (ours)": "within",
                 "between-layer (ours)": "between", "both (ours)": "both"}
 SOLVER_COLUMNS = {"SGD": ("caffenet", "SGD"), "SGD + BN": ("caffenet_bn", "SGD"),
@@ -87,11 +82,6 @@ TABLE1 = _table(
      "both (ours)": (53.3, 56.6, 56.6, 60.0, 53.1, 56.9, 56.9, 59.8)},
     _scaling_run)
 
-
-# ---------------------------------------------------------------------------------------------
-# Table 2: initializations
-# ---------------------------------------------------------------------------------------------
-
 TASK_COLUMNS = ("Classification", "Detection")
 METHOD_ROWS = {"Xavier": ("xavier", "none"), "MSRA": ("msra", "none"),
                "Random Gaussian (hand tuned)": ("reference", "none"),
@@ -104,11 +94,6 @@ TABLE2 = _table(
      "Ours (Random Gaussian)": (53.3, 43.4), "Ours (PCA)": (52.8, 43.1),
      "Ours (k-means)": (56.6, 45.6)},
     lambda row, column: Run(column.lower(), "caffenet", *METHOD_ROWS[row]))
-
-
-# ---------------------------------------------------------------------------------------------
-# Table 3: pretrained models, as they are and rescaled (section 3.2 alone)
-# ---------------------------------------------------------------------------------------------
 
 PRETRAINED_ROWS = {"Agrawal et al. (2015)": ("agrawal", "none"),
                    "Wang & Gupta (2015)": ("wang", "none"),
@@ -135,11 +120,6 @@ TABLE3 = _table(
      "Ours + Wang & Gupta (2015)": (63.1, 47.2), "Ours + Doersch et al. (2015)": (65.3, 51.1)},
     _pretrained_run)
 
-
-# ---------------------------------------------------------------------------------------------
-# Section 4.4: architectures
-# ---------------------------------------------------------------------------------------------
-
 ARCHITECTURE_ROWS = {"GoogLeNet": "googlenet_single", "VGG, 16 layers": "vgg16"}
 
 ARCHITECTURES = _table(
@@ -151,10 +131,6 @@ ARCHITECTURES = _table(
 TABLES: Dict[str, Table] = {"table1": TABLE1, "table2": TABLE2, "table3": TABLE3,
                             "architectures": ARCHITECTURES}
 
-
-# ---------------------------------------------------------------------------------------------
-# Figures 3 and 4: training on ImageNet
-# ---------------------------------------------------------------------------------------------
 
 class Curve(NamedTuple):
     """A run whose curves are drawn: its net, its method and the preset of train_imagenet.py."""
@@ -173,10 +149,6 @@ CURVES: Dict[str, Dict[str, Curve]] = {
                 "kmeans": Curve("googlenet", "ours-kmeans", "googlenet"),
                 "kmeans_single": Curve("googlenet_single", "ours-kmeans", "googlenet-single")}}
 
-
-# ---------------------------------------------------------------------------------------------
-# Where files are
-# ---------------------------------------------------------------------------------------------
 
 class Places:
     """The paths of the files of runs, by a configuration (config.schema.yaml).

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE.yaml",
                         help="configuration of the runs")
     parser.add_argument("--out", required=True, metavar="DIR",
-                        help="folder for TABLE.md, .html, .tex and .csv")
+                        help="folder for TABLE.md and TABLE.csv")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -60,12 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
         entries = [entry(cell, places) for cell in table.cells]
         notes = [CELLS, "Seeds: %s." % ", ".join(
             map(str, sorted({one.seeds for one in entries}))), CHOICE]
-        header, rows = ["", *table.columns], grid(table, entries)
         path = os.path.join(arguments.out, name)
         formats.write(path + ".md", "\n\n".join([table.title + ".", *notes, formats.markdown(
-            header, rows)]))
-        formats.write(path + ".html", formats.html(table.title, notes, header, rows))
-        formats.write(path + ".tex", formats.latex([table.title + ".", *notes], header, rows))
+            ["", *table.columns], grid(table, entries))]))
         results.write_csv(path + ".csv", CSV_COLUMNS, [_csv_row(one) for one in entries])
 
 

@@ -9,7 +9,7 @@ A data set is an object with `labels` (n, ...) float32, `name(index)` and `read(
 returns a uint8 image (height, width, channels) or raises ValueError where the image is broken.
 """
 import importlib
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -59,10 +59,6 @@ def decoded(encoded: bytes, name: str) -> np.ndarray:
     return image
 
 
-# ---------------------------------------------------------------------------------------------
-# Crops
-# ---------------------------------------------------------------------------------------------
-
 def random_crop(image: np.ndarray, crops: Crops, rng: np.random.Generator) -> np.ndarray:
     """Return a random crop of a uint8 image (h, w, channels) as float32 (channels, height, width).
 
@@ -107,9 +103,19 @@ def prepared(image: np.ndarray, crops: Crops) -> np.ndarray:
     return blob
 
 
-# ---------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------
+def first_readable(read: Callable[[int], Any], order: np.ndarray,
+                   broken: List[str]) -> Tuple[int, Any]:
+    """Return the first index in `order` that can be read, and what `read` returns for it.
+
+    `broken` receives the messages of the others. Raises ValueError where all are broken.
+    """
+    for index in order:
+        try:
+            return int(index), read(int(index))
+        except ValueError as error:
+            broken.append(str(error))
+    raise ValueError("%d images in a row are broken; the last is %s" % (len(order), broken[-1]))
+
 
 class ImageBatches:
     """Batches of random crops and labels as a function of the batch number.
@@ -142,17 +148,10 @@ class ImageBatches:
         return Batch([images, labels], broken)
 
     def _read(self, position: int, broken: List[str]) -> Tuple[int, np.ndarray]:
-        count = len(self.dataset.labels)
-        epoch, place = divmod(position, count)
-        order = self._epoch_order(epoch, count)
-        for step in range(min(self.broken_limit + 1, count)):
-            index = int(order[(place + step) % count])
-            try:
-                return index, self.dataset.read(index)
-            except ValueError as error:
-                broken.append(str(error))
-        raise ValueError("%d images in a row are broken; the last is %s"
-                         % (len(broken), broken[-1]))
+        epoch, place = divmod(position, len(self.dataset.labels))
+        order = self._epoch_order(epoch, len(self.dataset.labels))
+        places = np.arange(place, place + min(self.broken_limit + 1, len(order)))
+        return first_readable(self.dataset.read, order.take(places, mode="wrap"), broken)
 
     def _epoch_order(self, epoch: int, count: int) -> np.ndarray:
         if self._epoch != epoch:

@@ -1,7 +1,7 @@
 """Train nets with pycaffe solvers, resumably: the one loop of all experiments (section 4).
 
-Describe a run as a `Plan`, call `train(plan)` in a process that Caffe may abort
-(`processes.in_child`), and turn its `Outcome` into an exit status with `exit_status`.
+Describe a run as a `Plan`, and call `train(plan)`, or `run(plan)` for a command, in a process that
+Caffe may abort (`processes.in_child`).
 
 What feeds the net is part of the net: data layers, or Python layers such as ImageSource. The loop
 calls `begin(batch)` of a Python layer before the first step, with the number of batches that the
@@ -35,11 +35,12 @@ class Measurement(NamedTuple):
     net       NetParameter of the TEST phase; its layers get the weights of the training net's
               layers of the same names
     every     iterations between two measurements
-    measure   function from the caffe.Net of `net` to named numbers, always of the same names
+    measure   function from the caffe.Net of `net`, and the rows of log.csv since the measurement
+              before, to named numbers, always of the same names
     """
     net: Any
     every: int
-    measure: Callable[[Any], Dict[str, float]]
+    measure: Callable[[Any, List[Dict[str, float]]], Dict[str, float]]
 
 
 class Folding(NamedTuple):
@@ -64,7 +65,7 @@ class Plan(NamedTuple):
     weights          caffemodel to start from; None: the fillers of the net
     fresh            layers that are not loaded from `weights`
     snapshot_every   iterations between snapshots; 0: only when the run is stopped
-    resume           whether to go on from the last snapshot in the folder
+    resume           whether to continue from the last snapshot in the folder
     gpu              the GPU to compute on; None: the CPU
     settings         JSON values that are also needed to repeat the run; a run cannot be resumed
                      with others, but for those in "paths"
@@ -127,9 +128,11 @@ def train(plan: Plan) -> Outcome:
         run.close()
 
 
-def exit_status(outcome: Outcome, plan: Plan) -> int:
-    """Return 0, or 128 + the signal that stopped a run; log how to resume it."""
+def run(plan: Plan) -> int:
+    """Train as planned for a command; return 0, or 128 + the signal that stopped the run."""
+    outcome = train(plan)
     if outcome.stopped_by is None:
+        logging.info("wrote %s", os.path.join(plan.folder, "final.caffemodel"))
         return 0
     logging.warning("stopped by %s after iteration %d of %d; the same command with --resume "
                     "continues the run in %s", signal.Signals(outcome.stopped_by).name,
@@ -153,9 +156,13 @@ class _Run:
         self.log = run_folder.Table(os.path.join(plan.folder, "log.csv"), solver.iter)
         self.curves: Optional[run_folder.Table] = None
         self.measured_net: Any = None
+        self.recent: List[Dict[str, float]] = []
         if plan.measurement is not None:
             self.curves = run_folder.Table(os.path.join(plan.folder, "curves.csv"), solver.iter)
             self.measured_net = build_net(plan.measurement.net)
+            before = self.curves.last.get("iteration", 0)
+            self.recent = [row for row in run_folder.read_table(self.log.path)
+                           if row["iteration"] > before]
         self.seconds_before = float(self.log.last.get("seconds", 0.0))
         self.started = time.monotonic()
 
@@ -226,13 +233,16 @@ class _Run:
             row.update(values)
         row["seconds"] = round(self.seconds_before + time.monotonic() - self.started, 3)
         self.log.add(row)
+        if self.curves is not None:
+            self.recent.append(row)
         return loss
 
     def _measure(self) -> None:
         if self.plan.measurement is None or self.curves is None:
             return
         copy_weights(self.solver.net, self.measured_net)
-        values = self.plan.measurement.measure(self.measured_net)
+        values = self.plan.measurement.measure(self.measured_net, self.recent)
+        self.recent = []
         self.curves.add({"iteration": self.solver.iter,
                          **{name: float(value) for name, value in values.items()}})
 

@@ -62,10 +62,6 @@ def plain(layer: Any) -> Any:
     return copy
 
 
-# ---------------------------------------------------------------------------------------------
-# Batch normalization
-# ---------------------------------------------------------------------------------------------
-
 def use_batch_statistics(net: Any) -> None:
     """Let the BatchNorm layers of a NetParameter decide by the phase: a deploy file fixes them."""
     for layer in net.layer:

@@ -31,10 +31,6 @@ class Snapshot:
         self.state = os.path.join(folder, "snapshot_%d.solverstate" % iteration)
 
 
-# ---------------------------------------------------------------------------------------------
-# Snapshots
-# ---------------------------------------------------------------------------------------------
-
 def snapshots(folder: str) -> List[Snapshot]:
     """Return the whole snapshots in `folder`, the oldest first.
 
@@ -133,10 +129,6 @@ def _to_disk(path: str) -> None:
         os.fsync(file.fileno())
 
 
-# ---------------------------------------------------------------------------------------------
-# Tables that grow by a row at a time
-# ---------------------------------------------------------------------------------------------
-
 class Table:
     """A CSV file with a row for each iteration, flushed row by row.
 
@@ -198,10 +190,6 @@ def _cells(values: Any) -> List[Any]:
     return [int(value) if isinstance(value, float) and value.is_integer() else value
             for value in values]
 
-
-# ---------------------------------------------------------------------------------------------
-# Records
-# ---------------------------------------------------------------------------------------------
 
 def sha256(path: str) -> str:
     """Return the SHA-256 of a file in hexadecimal.

@@ -26,10 +26,6 @@ OUTCOME, COMMAND, OUTPUT = "outcome.json", "command.json", "output.txt"
 IRRELEVANT = {"--cpu": 0, "--gpu": 1, "--workers": 1, "--processes": 1, "--snapshot": 1}
 
 
-# ---------------------------------------------------------------------------------------------
-# Folders
-# ---------------------------------------------------------------------------------------------
-
 def is_done(folder: str, command: Sequence[str]) -> bool:
     """Return whether a command with these input files has ended in a folder."""
     return (os.path.exists(os.path.join(folder, OUTCOME))
@@ -106,10 +102,6 @@ def _empty(folder: str) -> None:
         shutil.rmtree(folder)
     os.makedirs(folder, exist_ok=True)
 
-
-# ---------------------------------------------------------------------------------------------
-# Processes
-# ---------------------------------------------------------------------------------------------
 
 class Runner:
     """Runs commands as child processes, which end with it.

@@ -56,10 +56,6 @@ class Detections(NamedTuple):
     classes: np.ndarray
 
 
-# ---------------------------------------------------------------------------------------------
-# Curves
-# ---------------------------------------------------------------------------------------------
-
 def eleven_point(recall: np.ndarray, precision: np.ndarray) -> float:
     """Return 1/11 sum over r in {0, 0.1, ..., 1} of max precision where recall >= r.
 
@@ -87,10 +83,6 @@ def curve(right: np.ndarray, positives: int) -> Tuple[np.ndarray, np.ndarray]:
     found = np.cumsum(right)
     return found / positives, found / np.arange(1, len(found) + 1)
 
-
-# ---------------------------------------------------------------------------------------------
-# Classification
-# ---------------------------------------------------------------------------------------------
 
 def classification_ap(scores: np.ndarray, labels: np.ndarray) -> AveragePrecision:
     """Return the average precision of scores (images, classes) for labels -1, 0 and 1 (same shape).
@@ -121,10 +113,6 @@ def _one_class(scores: np.ndarray, labels: np.ndarray) -> Tuple[float, float]:
     recall, precision = curve(present[order], int(present.sum()))
     return eleven_point(recall, precision), float(average_precision_score(present, scores))
 
-
-# ---------------------------------------------------------------------------------------------
-# Detection
-# ---------------------------------------------------------------------------------------------
 
 def detection_ap(detections: Sequence[Detections], truth: Sequence[Objects],
                  classes: int) -> AveragePrecision:

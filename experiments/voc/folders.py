@@ -167,10 +167,6 @@ class Voc(VocLists):
         return inside
 
 
-# ---------------------------------------------------------------------------------------------
-# Lists and annotations
-# ---------------------------------------------------------------------------------------------
-
 def _splits(stems: List[str]) -> Set[str]:
     """Return the splits: the stems that end others after an underscore, and those of VOC."""
     ends = {stem for stem in stems if any(other.endswith("_" + stem) for other in stems)}

@@ -163,7 +163,7 @@ def test_a_complete_database_is_left_alone_and_another_one_refused(images, capsy
     (images / "mine").mkdir()
     (images / "mine" / "notes.txt").write_text("keep")
     assert run(images, "mine", "--resize", "8") == 2
-    assert "did not make" in capsys.readouterr().err
+    assert "has not made" in capsys.readouterr().err
 
 
 def test_check_finds_a_wrong_label_a_lost_record_and_an_unfinished_run(images, capsys):
@@ -174,7 +174,7 @@ def test_check_finds_a_wrong_label_a_lost_record_and_an_unfinished_run(images, c
             environment.begin(write=True) as transaction:
         assert transaction.delete(key)
     assert run(images, "a.lmdb", "--check") == 2
-    assert "holds %d images of %d" % (ENOUGH - 1, ENOUGH) in capsys.readouterr().err
+    assert "there are only %d of %d images" % (ENOUGH - 1, ENOUGH) in capsys.readouterr().err
     record = image_database.pixel_record(np.zeros((8, 8, 3), np.uint8), 6)
     with make_lmdb.lmdb.open(str(images / "a.lmdb")) as environment, \
             environment.begin(write=True) as transaction:
@@ -221,7 +221,7 @@ def _minus_mean(path, mean):
 def test_the_mean_of_images_of_several_sizes_is_an_error(images, capsys):
     assert run(images, "a.lmdb") == 0
     assert image_mean.main([str(images / "a.lmdb"), str(images / "mean.binaryproto")]) == 2
-    assert "image 1 is 3 x 8 x 8, the ones before it 3 x 9 x 12" in capsys.readouterr().err
+    assert "image 1 is 3 x 8 x 8, but those before it are 3 x 9 x 12" in capsys.readouterr().err
     assert not (images / "mean.binaryproto").exists()
     assert image_mean.main([str(images / "none"), str(images / "mean.binaryproto")]) == 2
     assert "not an LMDB" in capsys.readouterr().err

@@ -4,11 +4,11 @@ import os
 
 import numpy as np
 import pytest
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf import text_format
 
 import generate
 from ddinit import processes
-from ddinit.prototxt import build_net, caffe_messages, import_caffe, read_definition
+from ddinit.prototxt import build_net, caffe_messages, read_definition
 from detection import nets
 from training.nets import AFFINE
 
@@ -149,47 +149,3 @@ def test_a_net_that_ends_in_no_fully_connected_layer_is_refused():
     del definition.layer[-1]
     with pytest.raises(ValueError, match="Layer 'pool' is a Pooling. .* InnerProduct layer"):
         nets.skeleton_of(definition)
-
-
-def fork_of_caffe():
-    """NetParameter of a fork that has both layers, with their fields as the forks have them."""
-    proto = descriptor_pb2.FileDescriptorProto.FromString(
-        caffe_messages().DESCRIPTOR.serialized_pb)
-    numbers = {"uint32": 13, "float": 2, "message": 11}  # of protobuf's types
-    fields = {"ROIPoolingParameter": [("pooled_h", "uint32"), ("pooled_w", "uint32"),
-                                      ("spatial_scale", "float")],
-              "SmoothL1LossParameter": [("sigma", "float")]}
-    for name, members in fields.items():
-        message = proto.message_type.add(name=name)
-        for number, (field, kind) in enumerate(members, 1):
-            message.field.add(name=field, number=number, label=1, type=numbers[kind])
-    (layer,) = [message for message in proto.message_type if message.name == "LayerParameter"]
-    for number, (field, name) in enumerate((("roi_pooling_param", "ROIPoolingParameter"),
-                                            ("smooth_l1_loss_param", "SmoothL1LossParameter"))):
-        layer.field.add(name=field, number=8266711 + number, label=1, type=numbers["message"],
-                        type_name=".caffe." + name)
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(proto)
-    descriptor = pool.FindMessageTypeByName("caffe.NetParameter")
-    return message_factory.MessageFactory(pool).GetPrototype(descriptor)()
-
-
-def test_native_layers_are_written_for_a_caffe_that_trains_with_them():
-    net, native = fork_of_caffe(), {"ROIPooling", "SmoothL1Loss"}
-    nets.add_roi_pooling(net, "pool", "conv5", "pool5", 7, 0.0625, native)
-    nets.add_smooth_l1_loss(net, "loss", ["a", "b", "c", "d"], native)
-    pooling, loss = net.layer
-    assert (pooling.type, list(pooling.bottom), list(pooling.top)) == (
-        "ROIPooling", ["conv5", "rois"], ["pool5"])
-    parameters = pooling.roi_pooling_param
-    assert (parameters.pooled_h, parameters.pooled_w, parameters.spatial_scale) == (7, 7, 0.0625)
-    assert (loss.type, list(loss.bottom), list(loss.loss_weight)) == (
-        "SmoothL1Loss", ["a", "b", "c", "d"], [1])
-    assert loss.smooth_l1_loss_param.sigma == 1
-
-
-def test_native_layers_are_never_used_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(import_caffe(), "layer_type_list",
-                        lambda: ["ROIPooling", "ReLU"])
-    assert nets.native_types(gpu=False) == set()
-    assert nets.native_types(gpu=True) == {"ROIPooling"}

@@ -1,6 +1,5 @@
-"""nearest_neighbours.py: exact neighbors, features that are Caffe's, pages."""
+"""nearest_neighbours.py: exact neighbors, features that are Caffe's."""
 import os
-import re
 
 import cv2
 import numpy as np
@@ -161,18 +160,7 @@ def test_the_command_finds_what_caffes_features_say_and_shows_it(folder, capfd):
             str(folder / ("image %d.png" % number)) for number in best]
         np.testing.assert_allclose([found["cosine"] for found in row["neighbours"]], cosine[best],
                                    rtol=1e-5)
-    _check_page(out, report)
-
-
-def _check_page(out, report):
-    page = (out / "w.html").read_text()
-    shown = re.findall(r'<img src="([^"]+)" alt="([^"]+)"', page)
-    expected = [path for row in report
-                for path in [row["query"], *(found["image"] for found in row["neighbours"])]]
-    assert [name for _, name in shown] == [os.path.basename(path) for path in expected]
-    assert all((out / picture).exists() for picture, _ in shown)
-    montage = cv2.imread(str(out / "w.png"))
-    assert montage.shape == (2 * 96 + 4, 4 * 100 + 4, 3)
+    assert cv2.imread(str(out / "w.png")).shape == (2 * 96 + 4, 4 * 100 + 4, 3)
 
 
 def test_features_are_computed_once_and_a_killed_run_goes_on_at_its_part(

@@ -56,12 +56,12 @@ def choose(config, run, rate):
 
 
 def made(config, tmp_path, name):
-    """The Markdown, the CSV's rows by (row, column), and the LaTeX of a table."""
+    """The Markdown of a table, and the rows of its CSV by (row, column)."""
     out = tmp_path / "out"
     assert workflow.main(["tables", name, "--config", config, "--out", str(out)]) == 0
     with open(str(out / (name + ".csv")), newline="") as file:
         rows = {(row["row"], row["column"]): row for row in csv.DictReader(file)}
-    return (out / (name + ".md")).read_text(), rows, (out / (name + ".tex")).read_text()
+    return (out / (name + ".md")).read_text(), rows
 
 
 def test_the_papers_tables_are_complete():
@@ -86,10 +86,9 @@ def test_the_chosen_learning_rate_is_shown_with_mean_and_standard_error(config, 
     for seed, precision in enumerate((0.55, 0.56, 0.60)):  # mean 57, s = 2.6458, s / sqrt(3)
         put(config, KMEANS, seed, scored(precision, precision + 0.01))
     choose(config, KMEANS, "0.001")
-    markdown, rows, latex = made(config, tmp_path, "table2")
+    markdown, rows = made(config, tmp_path, "table2")
     assert ("| Ours (k-means) | 56.6 / 57.0 ± 1.5 (+0.4) 11 points, 58.0 ± 1.5 (+1.4) area "
             "| 45.6 / not run |") in markdown
-    assert "Ours (k-means) & 56.6 / 57.0 $\\pm$ 1.5 (+0.4) 11 points, 58.0 $\\pm$" in latex
     row = rows["Ours (k-means)", "Classification"]
     assert row["learning_rate"] == "0.001" and row["seeds"] == "3"
     assert float(row["standard_error_11_points"]) == pytest.approx(1.5275, abs=1e-4)
@@ -99,7 +98,7 @@ def test_the_chosen_learning_rate_is_shown_with_mean_and_standard_error(config, 
 
 def test_a_cell_with_part_of_its_seeds_says_so(config, tmp_path):
     put(config, KMEANS, 1, scored(0.5))
-    markdown, rows, _ = made(config, tmp_path, "table2")
+    markdown, rows = made(config, tmp_path, "table2")
     assert "56.6 / 50.0 (-6.6) 11 points, 50.0 (-6.6) area [1 of 3 seeds]" in markdown
     assert rows["Ours (k-means)", "Classification"]["standard_error_area"] == ""
 
@@ -109,7 +108,7 @@ def test_seeds_that_diverged_are_told(config, tmp_path):
     put(config, KMEANS, 1, {"diverged": 17})
     for seed in range(3):
         put(config, XAVIER, seed, {"diverged": 3})
-    markdown, rows, _ = made(config, tmp_path, "table2")
+    markdown, rows = made(config, tmp_path, "table2")
     assert rows["Ours (k-means)", "Classification"]["ours_area"] == "50.0"
     assert "50.0 (-6.6) area [2 of 3 seeds, 1 of 3 seeds diverged]" in markdown
     assert "| Xavier | 51.1 / diverged | 40.4 / not run |" in markdown
@@ -180,17 +179,16 @@ def test_the_images_held_back_are_those_of_val(tmp_path):
 
 
 def test_rows_of_missing_pretrained_models_name_the_file(config, tmp_path):
-    markdown, rows, _ = made(config, tmp_path, "table3")
+    markdown, rows = made(config, tmp_path, "table3")
     assert "| Agrawal et al. (2015) | 52.9 / not run | 41.8 / not run |" in markdown
     assert rows["Agrawal et al. (2015)", "Detection"]["note"] == (
         "not run: nowhere/agrawal.caffemodel is missing")
 
 
 def test_cells_that_the_paper_leaves_out_are_dashes(config, tmp_path):
-    markdown, rows, latex = made(config, tmp_path, "table1")
+    markdown, rows = made(config, tmp_path, "table1")
     assert "| within-layer (ours) | 47.6 / not run | 41.2 / not run | - | - | - | - |" in markdown
     assert ("within-layer (ours)", "Adam, Gaussian") not in rows
-    assert "%" in latex.splitlines()[0] and "\\begin{tabular}{lcccccccc}" in latex
 
 
 @pytest.mark.parametrize("text, message", [

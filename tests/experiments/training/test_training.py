@@ -131,7 +131,7 @@ def _measurement():
     return Measurement(definition, 2, _bias)
 
 
-def _bias(caffe_net):
+def _bias(caffe_net, rows):
     caffe_net.forward()
     return {"bias": np.abs(caffe_net.params["fc3"][1].data).sum()}
 
@@ -355,7 +355,7 @@ def test_a_run_stopped_between_snapshots_resumes_to_the_same_bits(tmp_path):
 def _stop_at_the_second():
     calls = []
 
-    def measure(_):
+    def measure(*_):
         calls.append(None)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
