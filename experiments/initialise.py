@@ -57,6 +57,8 @@ def initialize(arguments: argparse.Namespace) -> int:
             processes.in_child(write_filled, arguments.net, filled, arguments.method,
                                arguments.seed)
             command += ["--load", filled, "--calibrate"]
+        if arguments.output_std is not None:
+            command += ["--output-std", str(arguments.output_std)]
         return magic_init.main(command + ["--literal"] * arguments.literal)
 
 
@@ -104,6 +106,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add("--scaling", choices=list(SCALINGS), help="default: both for ours, none for the others")
     add("--literal", action="store_true", help="take equation 2 to the letter, as magic_init.py "
                                                "--literal does")
+    add("--output-std", type=argument_types.positive, metavar="STD", help="scale of the outputs at "
+        "the start, as magic_init.py --output-std gives it")
     images = parser.add_mutually_exclusive_group()
     images.add_argument("-d", "--data", metavar="GLOB", help="images: a pattern or a folder")
     images.add_argument("--voc", metavar="DIR", help="VOC folder, or an LMDB of "

@@ -46,6 +46,7 @@ class Row(NamedTuple):
     scaling: str
     tables: Sequence[int]
     literal: bool = False
+    output_std: Optional[float] = None
     weights: Optional[str] = None
 
 
@@ -108,7 +109,7 @@ def rows_of(settings: Dict[str, Any], starts: Sequence[Sequence[str]]) -> List[R
     Raises ValueError naming a file that does not exist.
     """
     rows = [Row(name, column, row["method"], row["scaling"], row["tables"],
-                row.get("literal", False))
+                row.get("literal", False), row.get("output_std"))
             for name, row in settings["rows"].items()
             for column in row.get("columns", ["SGD"]) if column in settings["columns"]]
     for name, pattern in starts:
@@ -199,11 +200,13 @@ def start(study: Study, row: Row, net: str, seed: int) -> Sequence[str]:
         weights = row.weights.replace("{seed}", str(seed))
         return definition_of(study.nets[net], weights), weights
     folder = os.path.join(study.out, "start", net, row.name, "seed%d" % seed)
-    literal = ["--literal"] * row.literal
+    options = ["--literal"] * row.literal
+    if row.output_std is not None:
+        options += ["--output-std", str(row.output_std)]
     return runs.initialized(
         study.runner, folder, study.nets[net], "--method", row.method, "--scaling", row.scaling,
         "--data", os.path.join(study.out, "data", "images"),
-        "--images", study.settings["initialization_images"], "--seed", seed, *literal)
+        "--images", study.settings["initialization_images"], "--seed", seed, *options)
 
 
 def solver_file(study: Study, kind: str, rate: float) -> str:

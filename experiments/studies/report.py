@@ -52,7 +52,7 @@ def paper(row: Any) -> Optional[float]:
     method = "ours-gaussian" if row.method == "gaussian" else row.method
     wanted = ("classification", net, method, row.scaling, solver)
     found = [cell.paper for number in row.tables for cell in TABLES["table%d" % number].cells
-             if tuple(cell.run) == wanted and not row.literal]
+             if tuple(cell.run) == wanted and not row.literal and row.output_std is None]
     return found[0] if found else None
 
 

@@ -114,6 +114,12 @@ def test_equation_2_to_the_letter_is_asked_of_magic_init(tmp_path, asked):
     assert asked[0][-4:] == ["--type", "pca", "--calibrate", "--literal"]
 
 
+def test_the_scale_of_outputs_is_asked_of_magic_init(tmp_path, asked):
+    initialise.main(["net.prototxt", str(tmp_path / "out"), "--method", "ours-pca", "--output-std",
+                     "0.03", "--data", "photos"])
+    assert asked[0][-5:] == ["--type", "pca", "--calibrate", "--output-std", "0.03"]
+
+
 def test_gaussian_weights_are_scaled_as_ours(tmp_path, asked):
     for method in ("gaussian", "ours-gaussian"):
         initialise.main(["net.prototxt", str(tmp_path / "out"), "--method", method, "--scaling",
