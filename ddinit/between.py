@@ -23,8 +23,8 @@ LRN_LIMIT = 1e5
 # A step that changes the log scale at LRN layers by less than this has settled them.
 SETTLED = 0.3
 # How many images a step before the last is measured on, and how many batches the last one.
-SETTLING_IMAGES = 4
-LAST_BATCHES = 3
+SETTLING_IMAGES = 8
+LAST_BATCHES = 4
 # How much the blocks of one layer count in `solve` against the means of layers.
 BLOCK_WEIGHT = 0.1
 # How much a log scale of an output that may move counts in `solve` against a layer's log rate.
@@ -53,7 +53,8 @@ def equalize(working: WorkingNet, batches: Any, count: int, rng: np.random.Gener
     for iteration in range(options.iterations):                  # repeat
         few = SETTLING_IMAGES if options.alpha == 1 and not last else None
         numbers = last_batches(count) if last else [0] if few else [iteration % count]
-        C = measure(working, batches, numbers, rng, len(working.outputs) > 1, options.literal, few)
+        by_output = len(working.outputs) > 1 and not (last and iteration)
+        C = measure(working, batches, numbers, rng, by_output, options.literal, few)
         before = before or C                                     # C_k = E_j[C_k,j]
         if outputs_per_image(working) < FEW_OUTPUTS:  # one image is left: its outputs have no std
             working.load(batches, numbers[0])
@@ -90,8 +91,8 @@ def solve_from_scratch(working: WorkingNet, rates: ChangeRates,
     """Return the scales that a net without a function to keep may have, and those to give it.
 
     LRN layers stay as they are: they have a degree that depends on the scale of their input, and is
-    found in turns with it.  The net's outputs get the standard deviations `outputs`; of several,
-    all but the last, the main one, are free.
+    found in turns with it.  The net's outputs get the standard deviations `outputs`; of several
+    whose rates are told apart, all but the last, the main one, are free.
     """
     now = output_std(working)
     logs = {name: float(np.log(std / now[name])) for name, std in outputs.items()
@@ -105,7 +106,7 @@ def solve_from_scratch(working: WorkingNet, rates: ChangeRates,
     held: Set[str] = set()
     for _ in range(20):
         degrees = {name: lrn_degree(*energies[name], betas[name], at[name]) for name in bottoms}
-        graph = ScaleGraph(working, degrees, len(working.outputs) > 1, logs)
+        graph = ScaleGraph(working, degrees, len(rates.gradients[0]) > 1, logs)
         for name in held:
             graph.pin(graph.blobs[bottoms[name]], lrn_limit(energies[name][1]))
         log_scales = solve(graph, rates).log_scales

@@ -451,7 +451,7 @@ def test_a_batch_judges_that_was_held_back_where_there_are_images_enough(
         assert held_back not in others
 
 
-@pytest.mark.parametrize("count, expected", [(10, [7, 8, 9]), (5, [2, 3, 4]), (4, [2, 3]),
+@pytest.mark.parametrize("count, expected", [(10, [6, 7, 8, 9]), (5, [2, 3, 4]), (4, [2, 3]),
                                              (2, [1]), (1, [0])])
 def test_filters_come_from_other_batches_than_the_last_step(prototxt, images, monkeypatch, count,
                                                            expected):

@@ -398,8 +398,8 @@ NORMALIZED = (conv("a", "data") + in_place("ra", "ReLU", "a")
 
 
 def test_steps_settle_a_net_with_response_normalization(monkeypatch):
-    monkeypatch.setattr(between, "LAST_BATCHES", 10)  # so that the losses' noise is small
-    batches = alike(20)
+    monkeypatch.setattr(between, "LAST_BATCHES", 40)  # so that the losses' noise is small
+    batches = alike(80)
     for seed in range(3):
         working = uneven(NORMALIZED)
         assert spread_of(working) > 3

@@ -144,7 +144,7 @@ def test_calibrated_layers_train_at_one_rate_on_other_images(start, tmp_path, im
     assert not os.path.exists(str(tmp_path / "calibrated.prototxt"))
     # rates of 5 outputs, from 24 images in all and 16 of them for the last step
     assert spread_on(TOY, after.output, pixels(images)) < 1.3
-    assert spread_on(TOY, after.output, other) < 1.35
+    assert spread_on(TOY, after.output, other) < 1.4
     assert spread_on(TOY, before.output, other) > 5
     # what the command itself measures has 24 random losses of 5 outputs
     assert after.report["spread_after"] < 1.5
