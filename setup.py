@@ -14,7 +14,6 @@ DEVELOPMENT = [
     "mypy>=1.4,<1.20",
     "scikit-image>=0.19,<0.25",  # ships the photographs of `make demo` and of the tests
     "line_profiler>=4,<6",
-    "psutil>=5.6,<8",  # the memory of `make bench`
     "pycocotools>=2.0.4,<2.1",  # the other opinion on average precision
 ]
 EXPERIMENTS = [

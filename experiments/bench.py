@@ -1,27 +1,27 @@
-"""Speed, memory and quality of the command, as ratios to plain Caffe passes of the same run.
+"""Measure the speed, memory and quality of magic_init.py.
 
     python experiments/bench.py --data 'photos/init/*' --measure 'photos/measure/*' --out bench.json
 
-F is the time of one Caffe forward of as many images as the command takes (160 in batches of 16),
-measured in the same run.  Change rates (paper, equation 2) are measured on other photographs.
+Times are relative to F, the time of one Caffe forward of as many images as the command takes (160
+in batches of 16) in the same run. Change rates (equation 2) are measured on other photographs.
 """
 import argparse
-import contextlib
 import logging
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
-import psutil
 
 from ddinit import argument_types, change_rates, files, processes, results
 from ddinit.caffemodel import load_weights
 from ddinit.images import ImageBatches, find_images
 from ddinit.net import open_net
 from ddinit.session import MEAN
+from training.starts import definition_of
 
 log = logging.getLogger("bench")
 MODELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models")
@@ -46,23 +46,23 @@ CASES = [
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the cases that the command line asks for; return the exit status."""
-    parser = processes.Parser(prog="bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, metavar="GLOB", help="images to initialise from")
+    parser = processes.Parser(prog="bench.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", required=True, metavar="GLOB", help="images to initialize from")
     parser.add_argument("--measure", required=True, metavar="GLOB",
                         help="other images, to measure change rates on")
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON file to write")
     parser.add_argument("--cases", nargs="+", metavar="CASE", choices=[one.name for one in CASES],
                         default=[one.name for one in CASES[:4]],
-                        help="what to run: %(choices)s (default: the first four)")
+                        help="%(choices)s (default: the first four)")
     parser.add_argument("--seed", type=argument_types.natural, default=1,
-                        help="seed of the weights (default: 1)")
+                        help="random seed of the weights (default: %(default)d)")
     arguments = parser.parse_args(argv)
     processes.log_to_stderr()
     return processes.command_line(run, arguments, parser.prog)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Time the cases, each beside a forward of its net, and write and print the table."""
+    """Time the cases, each beside a forward of its net; write and print the table."""
     files.check_writable(arguments.out)
     rows: List[Dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench.") as folder:
@@ -79,9 +79,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def time_case(case: Case, arguments: argparse.Namespace, folder: str) -> Dict[str, Any]:
-    """Return seconds, the ratio to F, peak memory and the spread of change rates of one run.
+    """Return the seconds, the ratio to F, the peak memory and the spread of rates of one run.
 
-    F is measured before and after the run, and the lower one counts.
+    F is measured before and after the run; the lower value counts.
     """
     net = os.path.join(MODELS, case.net, "deploy.prototxt")
     output = os.path.join(folder, case.name + ".caffemodel")
@@ -96,9 +96,8 @@ def time_case(case: Case, arguments: argparse.Namespace, folder: str) -> Dict[st
     peak = _run(command)
     seconds = time.perf_counter() - started
     forward = min(before, processes.in_child(forward_seconds, net, arguments.data))
-    written = os.path.splitext(output)[0] + ".prototxt"
-    unseen = processes.in_child(unseen_spread, written if os.path.exists(written) else net, output,
-                              arguments.measure)
+    unseen = processes.in_child(unseen_spread, definition_of(net, output), output,
+                                arguments.measure)
     found = results.read_json(report)
     return {"case": case.name, "seed": arguments.seed, "forward_seconds": forward,
             "seconds": seconds, "ratio": seconds / forward, "peak_mb": peak / 1e6,
@@ -106,27 +105,11 @@ def time_case(case: Case, arguments: argparse.Namespace, folder: str) -> Dict[st
 
 
 def _run(command: Sequence[str]) -> int:
-    """Run a command and return the most memory (bytes) that all its processes held at a time.
-
-    Pages that several of them hold count once.
-    """
-    peak = 0
-    with psutil.Popen(command) as process:
-        while process.poll() is None:
-            peak = max(peak, sum(_held(one) for one in
-                                 [process] + process.children(recursive=True)))
-            with contextlib.suppress(psutil.TimeoutExpired):
-                process.wait(0.5)  # no longer than the command takes: its time is measured
-        if process.returncode:
-            raise ValueError("%s failed" % " ".join(command))
-    return peak
-
-
-def _held(process: Any) -> int:
-    """Bytes of a process, of pages that it shares its part; 0 of one that has just ended."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return int(process.memory_full_info().pss)
-    return 0
+    """Run a command; return the most memory in bytes that one of its processes has held."""
+    _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
+    if status:
+        raise ValueError("The command has failed: %s" % " ".join(command))
+    return 1024 * usage.ru_maxrss
 
 
 def forward_seconds(net: str, data: str) -> float:

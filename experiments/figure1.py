@@ -26,7 +26,7 @@ from training.starts import definition_of, write_filled
 
 log = logging.getLogger("figure1")
 
-MOST_A_BATCH = 10  # images
+LARGEST_BATCH = 10  # images
 FILLERS = "none"
 
 
@@ -38,24 +38,24 @@ class Rates(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """The largest rate over the smallest."""
+        """Return the largest rate over the smallest."""
         return change_rates.spread(self.rates)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Measure what the command line names; return the exit status."""
-    parser = processes.Parser(prog="figure1.py", description=__doc__.splitlines()[0])
+    """Measure the initializations that the command line names; return the exit status."""
+    parser = processes.Parser(prog="figure1.py", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("net", metavar="NET", help="definition: deploy or train_val, any dialect")
+    add("net", metavar="NET", help="network definition, deploy or train_val")
     add("named", metavar="NAME=WEIGHTS", nargs="+", type=_named,
-        help="a label and a caffemodel, or none for NET's fillers")
+        help="a label, and a caffemodel or 'none' for the fillers of NET")
     add("-d", "--data", metavar="GLOB", required=True, help="images: a pattern or a folder")
     add("--images", metavar="N", type=argument_types.count, default=100,
         help="images to measure on, drawn by the seed (default: %(default)d)")
     add("--seed", metavar="N", type=argument_types.natural, default=0,
-        help="of fillers, losses and the choice of images (default: %(default)d)")
-    add("--figure", metavar="FILE.png", help="the paper's two plots")
-    add("--json", metavar="FILE.json", help="everything that was measured")
+        help="random seed of fillers, losses and the choice of images (default: %(default)d)")
+    add("--figure", metavar="FILE.png", help="file for the paper's two plots")
+    add("--json", metavar="FILE.json", help="file for all that was measured")
     argument_types.add_device(parser)
     arguments = parser.parse_args(argv)
     processes.log_to_stderr()
@@ -75,22 +75,23 @@ def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
             files.check_writable(path)
     names = [name for name, _ in arguments.named]
     if len(set(names)) < len(names):
-        raise ValueError("two initialisations have one name: %s" % ", ".join(names))
+        raise ValueError("Two initializations have the same name: %s." % ", ".join(names))
     paths = find_images(arguments.data)
     wanted = min(arguments.images, len(paths))
     if wanted < arguments.images:
-        log.warning("%s: has %d images, not %d", arguments.data, len(paths), arguments.images)
+        log.warning("%s: there are only %d images, not %d", arguments.data, len(paths),
+                    arguments.images)
     order = np.random.default_rng(arguments.seed).permutation(len(paths))
     chosen = [paths[index] for index in np.sort(order[:wanted])]
     device = choose_device(arguments.cpu, arguments.gpu)
     found = {name: processes.in_child(measure, arguments.net, weights, chosen, arguments.seed,
-                                    device) for name, weights in arguments.named}
+                                      device) for name, weights in arguments.named}
     print("\n".join(table(found)))
     if arguments.json is not None:
         results.write_json(arguments.json, {
             **results.provenance(arguments.seed, argv), "net": arguments.net,
             "data": arguments.data, "images": wanted,
-            "initialisations": [{"name": name, "weights": weights, "spread": found[name].spread,
+            "initializations": [{"name": name, "weights": weights, "spread": found[name].spread,
                                  **found[name]._asdict()} for name, weights in arguments.named]})
     if arguments.figure is not None:
         layers = list(found[names[0]].rates)
@@ -103,12 +104,12 @@ def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
 
 def measure(net: str, weights: str, paths: Sequence[str], seed: int,
             device: Optional[int]) -> Rates:
-    """Return the change rates of a net with weights over images.  Runs in a child.
+    """Return the change rates of a net with weights over images; it runs in a child process.
 
     Raises ValueError where the weights do not fit, or a layer has none.
     """
     use_device(device)
-    size, batches = batches_of(len(paths), MOST_A_BATCH, len(paths))
+    size, batches = batches_of(len(paths), LARGEST_BATCH, len(paths))
     working = open_net(net if weights == FILLERS else definition_of(net, weights), size)
     _load(working, net, weights, seed)
     images = ImageBatches(paths, working.inputs[0], MEAN, 1.0)
@@ -125,11 +126,12 @@ def _load(measured: WorkingNet, net: str, weights: str, seed: int) -> None:
         return
     left = load_weights(measured.net, weights)
     if left:
-        raise ValueError("%s: has no weights for the net's layer '%s'" % (weights, left[0]))
+        raise ValueError("%s: the file has no weights for layer '%s' of the net"
+                         % (weights, left[0]))
 
 
 def table(found: Dict[str, Rates]) -> List[str]:
-    """Return the lines of what is printed: rates, then variations, a column for each name."""
+    """Return the lines to print: rates, and then variations, with a column for each name."""
     layers = list(next(iter(found.values())).rates)
     width = max([len(layer) for layer in layers] + [len("max / min")])
     columns = ["%%%ds" % max(10, len(name)) for name in found]

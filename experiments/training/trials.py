@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set
 
 from ddinit import results
@@ -21,7 +21,8 @@ from training.run_folder import sha256
 
 log = logging.getLogger(__name__)
 
-OUTCOME, COMMAND, OUTPUT = "outcome.json", "command.json", "output.txt"
+OUTCOME, COMMAND = "outcome.json", "command.json"
+SECONDS = 1  # between two looks at whether a signal has come
 # Options that say where and how a run computes, not what; and how many values they take.
 IRRELEVANT = {"--cpu": 0, "--gpu": 1, "--workers": 1, "--processes": 1, "--snapshot": 1}
 
@@ -145,7 +146,11 @@ class Runner:
                 self._running.add(process)
             if self._stopped_by == signal.SIGTERM:  # the signal may have come before `add`
                 process.terminate()
-            status = process.wait()
+            status = None
+            while status is None:
+                # Not an endless wait: a signal that comes just before it would not be handled.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(SECONDS)
             self._running.discard(process)
         return status if status >= 0 else 128 - status
 
@@ -159,6 +164,8 @@ class Runner:
             found = []
             try:
                 for number, future in enumerate(futures, 1):
+                    while not future.done():
+                        wait([future], SECONDS)
                     found.append(future.result())
                     log.info("%s: %d of %d", what, number, len(futures))
             except BaseException:

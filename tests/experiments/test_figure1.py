@@ -69,12 +69,12 @@ def test_the_last_layers_rate_is_that_of_its_inputs(tmp_path, net, photos):
     paths = [str(tmp_path / ("%d.png" % number)) for number in range(7)]
     energy, square = processes.in_child(last_layer, net, weights, paths)
     assert found["images"] == 7
-    assert found["initialisations"][0]["rates"]["fc3"] == pytest.approx(
+    assert found["initializations"][0]["rates"]["fc3"] == pytest.approx(
         np.sqrt(energy / square), rel=0.03)
 
 
 def test_every_affine_layer_has_a_rate_and_a_variation(tmp_path, net, photos):
-    one = run(tmp_path, net, "fillers=none", "-d", photos)["initialisations"][0]
+    one = run(tmp_path, net, "fillers=none", "-d", photos)["initializations"][0]
     assert list(one["rates"]) == list(one["variations"]) == LAYERS
     assert all(rate > 0 for rate in one["rates"].values())
     # Of few images a variation is estimated with so much noise that it may come out as 0.
@@ -86,21 +86,21 @@ def test_every_affine_layer_has_a_rate_and_a_variation(tmp_path, net, photos):
 def test_none_measures_what_the_definitions_fillers_draw(tmp_path, net, photos):
     weights = filled(net, tmp_path / "a.caffemodel", seed=3)
     both = run(tmp_path, net, "drawn=none", "file=" + weights, "-d", photos, "--seed", "3")
-    drawn, file = both["initialisations"]
+    drawn, file = both["initializations"]
     assert drawn["rates"] == file["rates"] and drawn["variations"] == file["variations"]
 
 
 def test_a_definition_beside_the_weights_is_theirs(tmp_path, net, photos):
     weights = filled(net, tmp_path / "a.caffemodel")
-    before = run(tmp_path, net, "a=" + weights, "-d", photos)["initialisations"][0]["rates"]
+    before = run(tmp_path, net, "a=" + weights, "-d", photos)["initializations"][0]["rates"]
     # Not in place: Caffe's Power layer computes its gradient from the blob that it overwrites.
     text = tiny_net.DEFINITION.replace('top: "fc2"\n', 'top: "fc2_unscaled"\n', 1).replace(
         'layer { name: "relu2"', POWER + 'layer { name: "relu2"')
     beside = tmp_path / "a.prototxt"
     beside.write_text(text)  # without its mark it may be of any other weights
-    assert run(tmp_path, net, "a=" + weights, "-d", photos)["initialisations"][0]["rates"] == before
+    assert run(tmp_path, net, "a=" + weights, "-d", photos)["initializations"][0]["rates"] == before
     beside.write_text(caffemodel.mark(weights) + text)
-    after = run(tmp_path, net, "a=" + weights, "-d", photos)["initialisations"][0]["rates"]
+    after = run(tmp_path, net, "a=" + weights, "-d", photos)["initializations"][0]["rates"]
     # Backwards, everything below the new layer sees three times the gradient; fc3 three times z.
     for layer in LAYERS:
         assert after[layer] == pytest.approx(3 * before[layer], rel=0.02)
@@ -111,7 +111,7 @@ def test_images_are_drawn_by_the_seed(tmp_path, net, photos):
     command = (net, "a=" + weights, "-d", photos, "--images", "3", "--seed")
     first, again, other = (run(tmp_path, *command, seed) for seed in ("1", "1", "2"))
     assert first["images"] == 3
-    assert first["initialisations"] == again["initialisations"] != other["initialisations"]
+    assert first["initializations"] == again["initializations"] != other["initializations"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -145,14 +145,14 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path, net, photos, capsys):
     bare.write_text(tiny_net.DEFINITION.replace("num_output: 6", "num_output: 7"))
     assert "'fc2'" in error(capsys, str(bare), "a=" + other, "-d", photos)
     bare.write_text(tiny_net.DEFINITION.replace('"fc3"', '"fc4"'))
-    assert "no weights for the net's layer 'fc4'" in error(capsys, str(bare), "a=" + other, "-d",
+    assert "no weights for layer 'fc4'" in error(capsys, str(bare), "a=" + other, "-d",
                                                            photos)
     bare.write_text(tiny_net.DEFINITION.replace('6 weight_filler { type: "xavier" }', "6"))
     assert "'fc2'" in error(capsys, str(bare), "a=none", "-d", photos)
     assert "no images" in error(capsys, net, "a=none", "-d", str(tmp_path / "*.gif"))
     assert "missing.caffemodel" in error(
         capsys, net, "a=" + str(tmp_path / "missing.caffemodel"), "-d", photos)
-    assert "one name" in error(capsys, net, "a=none", "a=none", "-d", photos)
+    assert "the same name" in error(capsys, net, "a=none", "a=none", "-d", photos)
     assert "no/such" in error(capsys, net, "a=none", "-d", photos, "--json", "/no/such/out.json")
 
 
