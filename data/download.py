@@ -19,6 +19,8 @@ log = logging.getLogger("download")
 
 TIMEOUT = (20, 60)  # seconds to connect, and between two packets
 CHUNK = 1 << 18  # bytes
+INVALID_URL = (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema,
+               requests.exceptions.MissingSchema)
 
 
 class DownloadError(Exception):
@@ -107,6 +109,8 @@ def _reason(error: BaseException) -> str:
     """What went wrong with a request, without the layers of exceptions around it."""
     if isinstance(error, requests.HTTPError) and error.response is not None:
         return "%d %s" % (error.response.status_code, error.response.reason)
+    if isinstance(error, INVALID_URL):
+        return "Invalid URL"  # each version of requests words this in its own way
     if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError)):
         return "no answer within %d s" % TIMEOUT[1]
     cause: Optional[BaseException] = error
