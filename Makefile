@@ -43,15 +43,15 @@ oldest: venv
 # all tests on NEWEST, a Python that has a pycaffe of its own, with the newest packages that
 # setup.py allows; if CAFFE is set, pycaffe is the one that docker/build_caffe put there
 NEWEST ?= python3
-WITH_CAFFE = $(if $(CAFFE),PYTHONPATH='$(abspath $(CAFFE))/usr/lib/python3/dist-packages' \
-  LD_LIBRARY_PATH='$(firstword $(wildcard $(abspath $(CAFFE))/usr/lib/*-linux-gnu))')
+LIBRARIES = $(if $(CAFFE),LD_LIBRARY_PATH='$(wildcard $(abspath $(CAFFE))/usr/lib/*-linux-gnu)')
+FIND_CAFFE = import sys, importlib.util as u; sys.path += sys.argv[1:]; sys.exit(not u.find_spec("caffe"))
 
 newest:
-	@$(WITH_CAFFE) $(NEWEST) -c 'import sys, importlib.util as u; sys.exit(not u.find_spec("caffe"))' \
-	  || { echo "make newest: error: $(NEWEST) finds no caffe. Build one with docker/build_caffe in" \
+	@$(NEWEST) -c '$(FIND_CAFFE)' $(addsuffix /usr/lib/python3/dist-packages,$(CAFFE)) || { \
+	  echo "make newest: error: $(NEWEST) finds no caffe. Build one with docker/build_caffe in" \
 	  "Debian 12 and name its folder: make newest CAFFE=FOLDER" >&2; exit 2; }
-	docker/make_venv build/newest $(NEWEST)
-	$(WITH_CAFFE) build/newest/bin/python $(PYTEST)
+	docker/make_venv build/newest $(NEWEST) $(abspath $(CAFFE))
+	$(LIBRARIES) build/newest/bin/python $(PYTEST)
 
 demo: venv
 	$(RUN) data/photographs.py build/photographs
