@@ -64,7 +64,8 @@ ARG PTX
 ARG JOBS
 ARG MIRROR
 COPY docker/build_caffe docker/caffe.patch /build/
-RUN /build/build_caffe gpu /caffe
+# CUDA's compiler and libraries would keep 8 GB of this stage in the build cache.
+RUN /build/build_caffe gpu /caffe && apt-get purge -y --auto-remove nvidia-cuda-toolkit
 
 FROM common AS gpu
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
