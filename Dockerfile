@@ -12,13 +12,14 @@
 # name of a program.
 #
 # Both cpu and gpu compile Caffe from Debian 11's source package (docker/build_caffe) for Python
-# 3.11 and numpy 1.24 of Debian 12.  The gpu target uses CUDA 11.8.  By default it has native code
-# for Pascal, Volta, Turing, Ampere, Ada and Hopper; later GPUs compile its PTX code when they first
-# run it.  Fewer architectures compile faster: add --build-arg ARCHS="80 90".  The image runs with
-# `docker run --gpus all` and NVIDIA's container toolkit.  The authors of this file have run the gpu
-# target on the CPU only.
+# 3.11 and numpy 1.24 of Debian 12.  When Debian 11 leaves the mirrors, its source package has to
+# come from Debian's archive of past releases: name that with --build-arg MIRROR.
 #
-# When Debian 11 leaves the mirrors, name Debian's archive of past releases with --build-arg MIRROR.
+# The gpu target uses CUDA 11.8 and has native code for Pascal, Volta, Turing, Ampere, Ada and
+# Hopper; later GPUs compile its PTX code when they first run it.  Fewer architectures take less
+# time: --build-arg ARCHS="80 90" has Ampere and later alone.  The image runs with `docker run --gpus
+# all`, which takes NVIDIA's container toolkit and, by NVIDIA's rules, driver 450.80 or later (520
+# for PTX code).  The authors of this file have run the gpu target without a GPU only.
 
 ARG BASE=runtime
 
