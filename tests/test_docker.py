@@ -16,7 +16,7 @@ def dockerfile():
 
 
 def run(script, *arguments, **environment):
-    return subprocess.run([os.path.join(DOCKER, script), *arguments], check=False,
+    return subprocess.run([os.path.join(DOCKER, script), *arguments], check=False, cwd=ROOT,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
                           env={**os.environ, **environment})
 
@@ -49,7 +49,9 @@ def test_a_build_without_a_kind_and_a_folder_changes_nothing(arguments):
 
 
 @pytest.mark.parametrize("arguments, output", [
-    (["echo", "a b"], "a b\n"), (["net.prototxt", "-d", "a b"], "<net.prototxt><-d><a b>"),
+    (["echo", "a b"], "a b\n"), (["/bin/echo", "a"], "a\n"),
+    (["net.prototxt", "-d", "a b"], "<net.prototxt><-d><a b>"),
+    (["models/caffenet/deploy.prototxt"], "<models/caffenet/deploy.prototxt>"),
     (["--help"], "<--help>"), ([], "<>"),
 ])
 def test_the_entry_point_starts_a_program_or_magic_init(tmp_path, arguments, output):
