@@ -1,4 +1,4 @@
-# magic_init with a Caffe of the distribution's, for the CPU, for NVIDIA GPUs, or on your own image.
+# magic_init with a Caffe of its own for the CPU or for NVIDIA GPUs, or on an image of yours.
 #
 #   docker build --target cpu -t magic_init .
 #   docker build --target gpu -t magic_init:gpu .
@@ -8,47 +8,33 @@
 #     models/caffenet/deploy.prototxt /output/caffenet.caffemodel -d '/data/*.jpg' -t kmeans -cs
 #   docker run --rm magic_init python -m pytest
 #
-# What follows the image's name is magic-init's arguments, or a command where it names a program.
-# GPUs: `docker run --gpus all ...` with NVIDIA's container toolkit.  Ubuntu 20.04 builds Caffe with
-# CUDA 10.1, which knows no GPU after Turing (compute capability 7.5); Caffe's own list of
-# architectures ends with Pascal (6.1).  So: Kepler, Maxwell and Pascal (the paper's Titan X) should
-# run, Volta and Turing may, Ampere and later cannot: give those a BASE with a newer build of Caffe.
-# The gpu target has not been run by the authors of this file; the cpu target has.
+# What follows the image's name are arguments of magic-init, or a command if the first one is the
+# name of a program.
+#
+# Both cpu and gpu compile Caffe from Debian 11's source package (docker/build_caffe) for Python
+# 3.11 and numpy 1.24 of Debian 12.  When Debian 11 leaves the mirrors, its source package has to
+# come from Debian's archive of past releases: name that with --build-arg MIRROR.
+#
+# The gpu target uses CUDA 11.8 and has native code for Pascal, Volta, Turing, Ampere, Ada and
+# Hopper; later GPUs compile its PTX code when they first run it.  Fewer architectures take less
+# time: --build-arg ARCHS="80 90" has Ampere and later alone.  The image runs with `docker run --gpus
+# all`, which takes NVIDIA's container toolkit and, by NVIDIA's rules, driver 450.80 or later (520
+# for PTX code).  The authors of this file have run the gpu target without a GPU only.
 
-ARG BASE=debian:bullseye-slim
+ARG BASE=runtime
 
-FROM debian:bullseye-slim AS cpu
+FROM debian:bookworm-slim AS runtime
 RUN apt-get update \
     && apt-get install -y --no-install-recommends \
-        python3-caffe libopenblas0-pthread python3-venv python3-datrie \
+        libboost-filesystem1.74.0 libboost-python1.74.0 libboost-thread1.74.0 libgoogle-glog0v6 \
+        libhdf5-103-1 libhdf5-hl-100 libleveldb1d liblmdb0 libopenblas0-pthread \
+        libopencv-core406 libopencv-imgcodecs406 libopencv-imgproc406 libprotobuf32 \
+        libpython3.11 libsnappy1v5 python3-datrie python3-numpy python3-protobuf python3-six \
+        python3-venv \
     && rm -rf /var/lib/apt/lists/*
-COPY . /magic_init
-RUN /magic_init/docker/install
-ENV PATH=/opt/magic_init/bin:$PATH MPLCONFIGDIR=/tmp/matplotlib NUMBA_CACHE_DIR=/tmp/numba
-USER magic
-VOLUME ["/data", "/output"]
-WORKDIR /magic_init
-ENTRYPOINT ["/magic_init/docker/entrypoint"]
 
-# Ubuntu's numpy 1.17 is older than magic_init needs; 1.19 still runs what is built for 1.17.
-FROM ubuntu:20.04 AS gpu
-RUN apt-get update \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        python3-caffe-cuda libopenblas0-pthread python3-venv python3-pip python3-datrie \
-    && rm -rf /var/lib/apt/lists/* \
-    && python3 -m pip install --no-cache-dir numpy==1.19.5
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-COPY . /magic_init
-RUN /magic_init/docker/install
-ENV PATH=/opt/magic_init/bin:$PATH MPLCONFIGDIR=/tmp/matplotlib NUMBA_CACHE_DIR=/tmp/numba
-USER magic
-VOLUME ["/data", "/output"]
-WORKDIR /magic_init
-ENTRYPOINT ["/magic_init/docker/entrypoint"]
-
-# Any image whose python3 (3.8 or later, with venv) imports caffe.  Snakemake's datrie is built
-# from source where the image has none: that takes a C compiler and Python's headers.
-FROM ${BASE} AS given
+# Everything but Caffe itself, so that the three targets share these lines.
+FROM ${BASE} AS common
 USER root
 COPY . /magic_init
 RUN /magic_init/docker/install
@@ -57,3 +43,32 @@ USER magic
 VOLUME ["/data", "/output"]
 WORKDIR /magic_init
 ENTRYPOINT ["/magic_init/docker/entrypoint"]
+
+# BASE is any image whose python3 (3.8 or later, with venv) imports caffe.  Snakemake's datrie is
+# compiled where the image has none, which takes a C compiler and Python's headers.
+FROM common AS given
+RUN python -c "import caffe"
+
+FROM debian:bookworm-slim AS caffe_cpu
+ARG JOBS
+ARG MIRROR
+COPY docker/build_caffe docker/caffe.patch /build/
+RUN /build/build_caffe cpu /caffe
+
+FROM common AS cpu
+COPY --from=caffe_cpu /caffe /
+RUN python -c "import caffe"
+
+FROM debian:bookworm-slim AS caffe_gpu
+ARG ARCHS
+ARG PTX
+ARG JOBS
+ARG MIRROR
+COPY docker/build_caffe docker/caffe.patch /build/
+# CUDA's compiler and libraries would keep 8 GB of this stage in the build cache.
+RUN /build/build_caffe gpu /caffe && apt-get purge -y --auto-remove nvidia-cuda-toolkit
+
+FROM common AS gpu
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=caffe_gpu /caffe /
+RUN python -c "import caffe"

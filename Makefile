@@ -15,7 +15,7 @@ CONTRIB = 'opencv-contrib-python-headless>=4.4,<4.12'
 # Two processes take 0.6 times as long as one; a file's tests share what its fixtures make.
 PYTEST = -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests
 
-.PHONY: venv test lint oldest demo bench study workflow clean
+.PHONY: venv test lint oldest newest demo bench study workflow clean
 
 venv: .venv/installed
 
@@ -46,6 +46,19 @@ oldest: venv
 	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -c tests/oldest.txt --force-reinstall --no-deps $(CONTRIB)
 	build/oldest/bin/python $(PYTEST)
+
+# all tests on NEWEST, a Python that has a pycaffe of its own, with the newest packages that
+# setup.py allows; if CAFFE is set, pycaffe is the one that docker/build_caffe put there
+NEWEST ?= python3
+LIBRARIES = $(if $(CAFFE),LD_LIBRARY_PATH='$(wildcard $(abspath $(CAFFE))/usr/lib/*-linux-gnu)')
+FIND_CAFFE = import sys, importlib.util as u; sys.path += sys.argv[1:]; sys.exit(not u.find_spec("caffe"))
+
+newest:
+	@$(NEWEST) -c '$(FIND_CAFFE)' $(addsuffix /usr/lib/python3/dist-packages,$(CAFFE)) || { \
+	  echo "make newest: error: $(NEWEST) finds no caffe. Build one with docker/build_caffe in" \
+	  "Debian 12 and name its folder: make newest CAFFE=FOLDER" >&2; exit 2; }
+	docker/make_venv build/newest $(NEWEST) $(abspath $(CAFFE))
+	$(LIBRARIES) build/newest/bin/python $(PYTEST)
 
 demo: venv
 	$(RUN) data/photographs.py build/photographs

@@ -5,7 +5,7 @@ from setuptools import setup
 # The wheel's protobuf files need protobuf < 3.21 and its extension numpy < 2.
 CAFFE_CPU = [
     "kendryte-caffe==1.0.0.20210829; python_version < '3.10'",
-    "protobuf>=3.12,<3.21",
+    "protobuf>=3.12,<3.21; python_version < '3.10'",
 ]
 DEVELOPMENT = [
     "pytest>=7,<9",

@@ -17,6 +17,8 @@ log = logging.getLogger("download")
 
 TIMEOUT = (20, 60)  # seconds to connect, and between two packets
 CHUNK = 1 << 18  # bytes
+INVALID_URL = (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema,
+               requests.exceptions.MissingSchema)
 
 
 class DownloadError(Exception):
@@ -105,6 +107,8 @@ def _reason(error: BaseException) -> str:
     """Return what went wrong with a request, without the exceptions around it."""
     if isinstance(error, requests.HTTPError) and error.response is not None:
         return "%d %s" % (error.response.status_code, error.response.reason)
+    if isinstance(error, INVALID_URL):
+        return "Invalid URL"  # each version of requests words this in its own way
     if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError)):
         return "no answer within %d s" % TIMEOUT[1]
     cause: Optional[BaseException] = error

@@ -15,7 +15,7 @@ ROOT = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(__file__)),
 FENCED = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^    .*\n)(?:(?:^    .*|^)\n)*", re.MULTILINE)
 PROGRAMS = ("python", "make", "pip", "snakemake", "docker")
-STARTS = re.compile(r"(?:[A-Z_]+=\S+ +)*(?:%s)\b" % "|".join(PROGRAMS))
+STARTS = re.compile(r"(?:[A-Z_]+=\S+ +)*(?:%s)(?!\S)" % "|".join(PROGRAMS))
 # Blocks of Markdown that are no commands, by how they begin.
 LISTINGS = ("ImageSets/Main/trainval.txt, test.txt ",)
 
