@@ -53,9 +53,9 @@ COLUMNS: Dict[str, Callable[[Row], Any]] = {
                                          row["rescaled"]["difference_reported"]),
     "k-means, s": lambda row: row["kmeans"]["seconds"],
     "rescaled, s": lambda row: row["rescaled"]["seconds"],
-    "F, s": lambda row: row["forward_seconds"],
-    "k-means, F": lambda row: row["kmeans"]["work"] / row["forward_seconds"],
-    "rescaled, F": lambda row: row["rescaled"]["work"] / row["forward_seconds"],
+    "F, s": lambda row: row["forward"]["seconds"],
+    "k-means, F": lambda row: row["kmeans"]["work"] / row["forward"]["seconds"],
+    "rescaled, F": lambda row: row["rescaled"]["work"] / row["forward"]["seconds"],
 }
 
 
@@ -154,7 +154,7 @@ def measure_net(prototxt: str, arguments: argparse.Namespace) -> Row:
         others, flags = arguments.measure, _flags(arguments)
         step("prepared", processes.in_child, prepare, prototxt, find_images(arguments.data),
              arguments.seed, filled, legacy)
-        step("forward_before", processes.in_child, forward_seconds, prototxt, legacy, arguments)
+        step("forward_before", time_forward, prototxt, legacy, arguments)
         step("filled", judge, prototxt, filled, others)
         step("gaussian", initialize, prototxt, gaussian, flags + ["--type", "gaussian"], others)
         step("kmeans", initialize, prototxt, kmeans, flags + ["--type", "kmeans"], others)
@@ -162,11 +162,16 @@ def measure_net(prototxt: str, arguments: argparse.Namespace) -> Row:
              flags, others)
         step("legacy", judge, prototxt, legacy, others)
         step("rescaled", rescale, prototxt, legacy, rescaled, flags, others)
-        step("forward_after", processes.in_child, forward_seconds, prototxt, legacy, arguments)
+        step("forward_after", time_forward, prototxt, legacy, arguments)
     forwards = [row.pop(name) for name in ("forward_before", "forward_after")]
-    numbers = [seconds for seconds in forwards if isinstance(seconds, float)]
-    row["forward_seconds"] = min(numbers) if numbers else forwards[0]
+    row["forward"] = min(forwards, key=lambda measured: measured.get("seconds", np.inf))
     return row
+
+
+def time_forward(prototxt: str, weights: str, arguments: argparse.Namespace) -> Row:
+    """Measure F in a child process."""
+    _check_written(weights)
+    return {"seconds": processes.in_child(forward_seconds, prototxt, weights, arguments)}
 
 
 def _flags(arguments: argparse.Namespace) -> List[str]:
@@ -182,6 +187,7 @@ def initialize(prototxt: str, output: str, flags: Sequence[str], others: str) ->
 
 def rescale(prototxt: str, weights: str, output: str, flags: Sequence[str], others: str) -> Row:
     """Rescale a network with the command, judge the file, and compare outputs in plain Caffe."""
+    _check_written(weights)
     made = magic_init(prototxt, output, ["--load", weights, *flags])
     written = _definition_of(output, prototxt)
     return {**made, **judge(written, output, others),
@@ -194,6 +200,7 @@ def judge(prototxt: str, weights: str, others: str) -> Row:
 
     All images make one batch, so that all of them count.
     """
+    _check_written(weights)
     with tempfile.TemporaryDirectory(prefix="kinds_table.") as folder:
         report = magic_init(prototxt, os.path.join(folder, "judged.caffemodel"), [
             "--load", weights, "--data", others, "--batch-size", str(len(find_images(others)))],
@@ -232,6 +239,12 @@ def magic_init(prototxt: str, output: str, flags: Sequence[str], whole: bool = F
             "spread_before_own": content["spread_before"], "spread_own": content["spread_after"],
             "difference_reported": content["output_difference"], "changes": content["changes"],
             "warnings": done.stderr.splitlines()}
+
+
+def _check_written(weights: str) -> None:
+    """Raise ValueError where an earlier step did not write its file."""
+    if not os.path.exists(weights):
+        raise ValueError("not measured, because there is no %s" % os.path.basename(weights))
 
 
 def _definition_of(weights: str, prototxt: str) -> str:
