@@ -34,7 +34,7 @@ COMMAND = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 MEAN = (104.0, 117.0, 123.0)  # the command's default, in BGR
 AFFINE = {"Convolution", "Deconvolution", "InnerProduct", "Scale"}
 RECURRENT = {"LSTM", "RNN"}
-DISTURBANCE = 5  # outputs of layers have a std between 1/5 and 5 in a network like a trained one
+DISTURBANCE = 5  # weights of a network like a trained one are off by a factor up to this
 PREPARED_ON = 32  # images that BatchNorm's statistics and the disturbed weights come from
 SECONDS = 1800  # after which a command counts as failed
 Row = Dict[str, Any]  # what was measured of one network
@@ -322,7 +322,7 @@ def forward_with_statistics(net: Any, before: Callable[[int], None] = lambda ind
     for index, layer in enumerate(net.layers):
         before(index)
         if layer.type == "BatchNorm":
-            bottom = net.blobs[net._blob_names[net._bottom_ids(index)[0]]].data
+            bottom = first_blob(net, net._bottom_ids(index))
             axes = tuple(axis for axis in range(bottom.ndim) if axis != 1)
             mean, variance, correction = layer.blobs
             mean.data[...] = bottom.mean(axes, dtype=np.float64)
@@ -334,9 +334,10 @@ def forward_with_statistics(net: Any, before: Callable[[int], None] = lambda ind
 def disturb(net: Any, index: int, rng: np.random.Generator, disturbed: Set[int]) -> None:
     """Give a layer weights and biases as if training had changed its scale.
 
-    The std of an affine layer's outputs becomes a factor between 1/5 and 5, drawn log-uniformly,
-    and its biases have a std of 0.3 times that.  A recurrent layer's weights, whose outputs are
-    bounded, get the factor itself.  Shared weights, at addresses in `disturbed`, change once.
+    The std of an affine layer's outputs becomes a factor f between 1/sqrt(5) and sqrt(5), drawn
+    log-uniformly, so that weights between two of them are off by 1/5 to 5; its biases have a std
+    of 0.3 f.  A recurrent layer, whose outputs are bounded, gets weights of std f / sqrt(fan-in).
+    Shared weights, at addresses in `disturbed`, change once.
     """
     layer = net.layers[index]
     if layer.type not in AFFINE | RECURRENT:
@@ -345,7 +346,7 @@ def disturb(net: Any, index: int, rng: np.random.Generator, disturbed: Set[int])
     if weights.ctypes.data in disturbed:
         return
     disturbed.add(weights.ctypes.data)
-    factor = float(np.exp(rng.uniform(-1, 1) * np.log(DISTURBANCE)))
+    factor = DISTURBANCE ** rng.uniform(-0.5, 0.5)
     if layer.type in RECURRENT:
         for blob in layer.blobs:
             fan_in = blob.data[0].size if blob.data.ndim > 1 else 10
@@ -353,15 +354,23 @@ def disturb(net: Any, index: int, rng: np.random.Generator, disturbed: Set[int])
         return
     if len(layer.blobs) > 1:
         layer.blobs[1].data[...] = 0
+    bottom = first_blob(net, net._bottom_ids(index))
+    inputs = np.array(bottom)
     net._forward(index, index)
-    outputs = net.blobs[net._blob_names[net._top_ids(index)[0]]].data
-    deviation = float(outputs.std(dtype=np.float64))
+    deviation = float(first_blob(net, net._top_ids(index)).std(dtype=np.float64))
+    bottom[...] = inputs  # a Scale layer may work in place
     if not deviation > 0:
         raise ValueError("layer '%s': its outputs are constant" % net._layer_names[index])
     weights *= factor / deviation
     if len(layer.blobs) > 1:
         biases = layer.blobs[1].data
         biases[...] = factor * 0.3 * rng.standard_normal(biases.shape)
+
+
+def first_blob(net: Any, numbers: Sequence[int]) -> np.ndarray:
+    """Return the data of the first of a layer's bottoms or tops, given by their numbers."""
+    data: np.ndarray = net.blobs[net._blob_names[numbers[0]]].data
+    return data
 
 
 def forward_seconds(prototxt: str, weights: str, arguments: argparse.Namespace) -> float:
