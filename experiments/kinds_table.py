@@ -280,7 +280,7 @@ def load_net(prototxt: str, paths: Sequence[str], weights: Optional[str] = None,
     the network computes the gradients of all weights, and its outputs are what its last Softmax
     layers would read.
     """
-    caffe = import_caffe(own_blas=True)
+    caffe = import_caffe()
     definition = read_definition(prototxt)
     if backward:
         prepare_backward(definition)
@@ -378,7 +378,7 @@ def prepare(prototxt: str, paths: Sequence[str], seed: int, filled: str, legacy:
 
     Weights that no filler sets are xavier.  BatchNorm has statistics of the images in both.
     """
-    import_caffe(own_blas=True).set_random_seed(seed)
+    import_caffe().set_random_seed(seed)
     rng = np.random.default_rng(seed)
     net = load_net(prototxt, paths[:PREPARED_ON])
     for layer in net.layers:
