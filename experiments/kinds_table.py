@@ -186,16 +186,16 @@ def _flags(arguments: argparse.Namespace) -> List[str]:
 
 def initialize(prototxt: str, output: str, flags: Sequence[str], others: str) -> Row:
     """Initialize a network from scratch with the command and judge the file that it wrote."""
-    made = magic_init(prototxt, output, flags)
-    return {**made, **judge(_definition_of(output, prototxt), output, others)}
+    report = magic_init(prototxt, output, flags)
+    return {**report, **judge(_definition_of(output, prototxt), output, others)}
 
 
 def rescale(prototxt: str, weights: str, output: str, flags: Sequence[str], others: str) -> Row:
     """Rescale a network with the command, judge the file, and compare outputs in plain Caffe."""
     _check_written(weights)
-    made = magic_init(prototxt, output, ["--load", weights, *flags])
+    report = magic_init(prototxt, output, ["--load", weights, *flags])
     written = _definition_of(output, prototxt)
-    return {**made, **judge(written, output, others),
+    return {**report, **judge(written, output, others),
             "difference": processes.in_child(output_difference, (prototxt, weights),
                                              (written, output), find_images(others))}
 
@@ -266,10 +266,13 @@ def load_images(paths: Sequence[str], channels: int, height: int, width: int) ->
     """
     grey = channels == 1
     mean = np.dot(MEAN, (0.114, 0.587, 0.299)) if grey else MEAN
-    pixels = [cv2.resize(cv2.imread(path, cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR),
-                         (width, height)) for path in paths]
-    images = np.array(pixels, np.float32).reshape(len(paths), height, width, channels) - mean
-    return images.transpose(0, 3, 1, 2).astype(np.float32)
+    images = np.empty((len(paths), height, width, channels), np.float32)
+    for image, path in zip(images, paths):
+        pixels = cv2.imread(path, cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
+        if pixels is None:
+            raise ValueError("%s: not an image that OpenCV can read" % path)
+        image[...] = cv2.resize(pixels, (width, height)).reshape(image.shape) - mean
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
 def load_net(prototxt: str, paths: Sequence[str], weights: Optional[str] = None,

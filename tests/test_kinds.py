@@ -21,13 +21,13 @@ BATCH = 4
 def _built(folder):
     """Blob shapes and addresses of the weights in every network, as Caffe builds it."""
     caffe = import_caffe()
-    found = {}
+    nets = {}
     for kind in DEFINITIONS:
         net = caffe.Net(os.path.join(folder, kind + ".prototxt"), caffe.TEST)
-        found[kind] = (list(net.outputs),
-                       {name: tuple(blob.shape) for name, blob in net.blobs.items()},
-                       {name: blobs[0].data.ctypes.data for name, blobs in net.params.items()})
-    return found
+        nets[kind] = (list(net.outputs),
+                      {name: tuple(blob.shape) for name, blob in net.blobs.items()},
+                      {name: blobs[0].data.ctypes.data for name, blobs in net.params.items()})
+    return nets
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,8 @@ def test_a_definition_names_its_source_and_no_two_layers_alike(kind):
     "autoencoder": {"InnerProduct": 8, "Sigmoid": 7},
 }.items())
 def test_a_network_has_the_layers_that_its_paper_is_known_for(kind, expected):
-    found = numbers(kind)
-    assert {name: found.get(name, 0) for name in expected} == expected
+    types = numbers(kind)
+    assert {name: types.get(name, 0) for name in expected} == expected
 
 
 def test_no_network_lacks_a_test_of_its_layers():
