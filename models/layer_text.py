@@ -34,13 +34,14 @@ def gaussian(std: float) -> Message:
 
 
 def convolution(name: str, bottom: str, num_output: int, kernel_size: int, stride: int = 1,
-                pad: int = 0, group: int = 1, *, weights: Message, bias: Optional[float],
-                ) -> Message:
+                pad: int = 0, group: int = 1, *, weights: Optional[Message],
+                bias: Optional[float], kind: str = "Convolution") -> Message:
     """Return a convolution with the filler `weights` and biases that start at `bias`.
 
-    A `bias` of None leaves the biases out.
+    `weights` of None leave the filler out, as many deploy definitions do, and a `bias` of None
+    leaves out the biases.  The `kind` "Deconvolution" makes the transposed convolution.
     """
-    return layer(name, "Convolution", bottom, param=_multipliers(bias), convolution_param={
+    return layer(name, kind, bottom, param=_multipliers(bias), convolution_param={
         "num_output": num_output,
         "bias_term": False if bias is None else None,
         "pad": pad or None,
@@ -50,11 +51,11 @@ def convolution(name: str, bottom: str, num_output: int, kernel_size: int, strid
         **_fillers(weights, bias)})
 
 
-def inner_product(name: str, bottom: str, num_output: int, *, weights: Message, bias: float,
-                  ) -> Message:
+def inner_product(name: str, bottom: str, num_output: int, axis: int = 1, *, weights: Message,
+                  bias: float) -> Message:
     """Return a fully connected layer with the filler `weights` and biases that start at `bias`."""
     return layer(name, "InnerProduct", bottom, param=_multipliers(bias), inner_product_param={
-        "num_output": num_output, **_fillers(weights, bias)})
+        "num_output": num_output, **_fillers(weights, bias), "axis": axis if axis != 1 else None})
 
 
 def relu(name: str, blob: str) -> Message:
@@ -79,14 +80,15 @@ def local_response(name: str, bottom: str) -> Message:
     return layer(name, "LRN", bottom, lrn_param={"local_size": 5, "alpha": 0.0001, "beta": 0.75})
 
 
-def batch_norm(name: str, scale_name: str, blob: str) -> Layers:
-    """Return a batch normalization and its scale and shift, in place.
+def batch_norm(name: str, scale_name: str, bottom: str, top: str = "") -> Layers:
+    """Return a batch normalization and its scale and shift, in place unless it has a `top`.
 
     BatchNorm's three blobs are statistics of the data, which no solver may change.
     """
+    top = top or bottom
     return [
-        layer(name, "BatchNorm", blob, blob, param=[STATISTICS, STATISTICS, STATISTICS]),
-        layer(scale_name, "Scale", blob, blob, param=[{"lr_mult": 1, "decay_mult": 0}, BIASES],
+        layer(name, "BatchNorm", bottom, top, param=[STATISTICS, STATISTICS, STATISTICS]),
+        layer(scale_name, "Scale", top, top, param=[{"lr_mult": 1, "decay_mult": 0}, BIASES],
               scale_param={"bias_term": True}),
     ]
 
@@ -109,18 +111,24 @@ def imagenet(crop: int, mean: Message, batch: int) -> Layers:
     ]
 
 
-def deploy(layers: Layers, side: int) -> Layers:
+def images(height: int, width: int, channels: int = 3) -> Message:
+    """Return an input of 10 images."""
+    shape = OneLine(dim=[10, channels, height, width])
+    return layer("data", "Input", [], input_param=OneLine(shape=shape))
+
+
+def deploy(layers: Layers, side: int, channels: int = 3) -> Layers:
     """Return `layers` between an input of 10 images of side x side pixels and a softmax."""
     return [
-        layer("data", "Input", [], input_param=OneLine(shape=OneLine(dim=[10, 3, side, side]))),
+        images(side, side, channels),
         *layers,
         layer("prob", "Softmax", layers[-1]["top"]),
     ]
 
 
-def definition(name: str, about: str, layers: Layers) -> str:
+def definition(name: str, about: str, layers: Layers, writer: str = "models/generate.py") -> str:
     """Return the text of a network definition; `about` becomes comments at its head."""
-    head = [*about.splitlines(), "Written by models/generate.py: change it there."]
+    head = [*about.splitlines(), "Written by %s: change it there." % writer]
     body = _lines({"name": name, "layer": layers})
     return "\n".join([*("# " + line for line in head), "", *body, ""])
 
@@ -129,7 +137,7 @@ def _multipliers(bias: Optional[float]) -> Layers:
     return [WEIGHTS] if bias is None else [WEIGHTS, BIASES]
 
 
-def _fillers(weights: Message, bias: Optional[float]) -> Message:
+def _fillers(weights: Optional[Message], bias: Optional[float]) -> Message:
     return {"weight_filler": weights,
             "bias_filler": None if bias is None else {"type": "constant", "value": bias}}
 

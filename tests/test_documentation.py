@@ -62,11 +62,13 @@ SHORTER = {
     "experiments/workflow.py choose-rate": "",
     "experiments/workflow.py tables": "",
     "models/generate.py": "--to build/models",
+    "models/kinds.py": "",
 }
 # Scripts that are not run here, and why.
 READ_ONLY = {
     "data/fetch.py": "downloads gigabytes",
     "experiments/bench.py": "initialises three nets of full size",
+    "experiments/kinds_table.py": "measures 22 networks; test_kinds_table.py runs it on two",
     "experiments/study_curves.py": "trains nine nets; test_study_curves.py runs it in small",
     "experiments/study_detection.py": "trains six nets; test_study_detection.py runs it in small",
 }
