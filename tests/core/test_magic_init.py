@@ -26,7 +26,7 @@ from initialised import (
 )
 
 import magic_init
-from ddinit import processes, rate_figure, results
+from ddinit import processes
 from ddinit.prototxt import caffe_messages
 from ddinit.weights import KINDS
 from ddinit.within import normalization
@@ -342,19 +342,6 @@ def test_the_table_has_a_row_for_every_layer(start):
 def test_quiet_says_nothing(start):
     found = start("-q", "-cs")
     assert (found.status, found.out, found.err) == (0, "", "")
-
-
-def test_the_figure_is_a_png_that_can_be_drawn_again_from_the_report(start, tmp_path, capsys):
-    paths = [str(tmp_path / name) for name in ("one.png", "two.png", "out.json")]
-    assert start("-cs", "--figure", paths[0]).status == 0
-    assert bytes_of(paths[0])[:8] == b"\x89PNG\r\n\x1a\n"
-    height, width = cv2.imread(paths[0]).shape[:2]
-    assert width > height > 300
-    assert rate_figure.main([paths[2], paths[1]]) == 0
-    assert bytes_of(paths[0]) == bytes_of(paths[1])
-    results.write_json(paths[2], {"rows": []})
-    assert rate_figure.main([paths[2], paths[1]]) == 2
-    assert "not a report" in capsys.readouterr().err
 
 
 def test_bars_are_for_terminals(start):
