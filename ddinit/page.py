@@ -123,7 +123,7 @@ def _figure(caption: str, layers: Sequence[Dict[str, Any]], key: str, logarithmi
         drawn.append('<line x1="%d" x2="%d" y1="%.1f" y2="%.1f" stroke="#ddd"/><text x="%d" '
                      'y="%.1f" font-size="11" text-anchor="end" fill="#555">%s</text>' % (
                          LEFT, WIDTH, y(tick), y(tick), LEFT - 5, y(tick) + 4,
-                         "%.3g" % (10 ** tick if logarithmic else tick)))
+                         _number(10 ** tick if logarithmic else tick)))
     step = -(-len(layers) // 40)
     for number, layer in list(enumerate(layers))[::step]:
         drawn.append('<text font-size="11" fill="#444" text-anchor="end" transform="translate('
@@ -183,7 +183,10 @@ def _table(layers: Sequence[Dict[str, Any]], both: bool) -> str:
 
 
 def _number(value: Optional[float]) -> str:
-    return "" if value is None else "%.3g" % value
+    """Return a number with three digits, and all of those before the point."""
+    if value is None or not math.isfinite(value):
+        return ""
+    return "{:,.0f}".format(value) if abs(value) >= 1000 else "%.3g" % value
 
 
 def _changes(content: Dict[str, Any]) -> str:
