@@ -14,7 +14,7 @@ from ddinit.net import WorkingNet
 
 MOST_FILTERS = 256
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 300, 52, 84, 14
-COLOURS = {"before": "#b8860b", "after": "#1f6f8b"}
+COLORS = {"before": "#b8860b", "after": "#1f6f8b"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; padding: 1em;
   max-width: 72em }
@@ -98,7 +98,7 @@ def _legend(content: Dict[str, Any]) -> str:
     labels = {"before": "before the step between layers", "after": "after it"
               if content["calibrated"] else "this net"}
     return "<p>%s</p>" % " &nbsp; ".join(
-        '<span class="key" style="background:%s"></span>%s' % (COLOURS[name], labels[name])
+        '<span class="key" style="background:%s"></span>%s' % (COLORS[name], labels[name])
         for name in names)
 
 
@@ -132,8 +132,8 @@ def _figure(caption: str, layers: Sequence[Dict[str, Any]], key: str, logarithmi
     for name, line in series.items():
         points = [(x(number), y(value)) for number, value in enumerate(line) if value is not None]
         drawn.append('<polyline fill="none" stroke="%s" stroke-width="2" points="%s"/>' % (
-            COLOURS[name], " ".join("%.1f,%.1f" % point for point in points)))
-        drawn += ['<circle cx="%.1f" cy="%.1f" r="3" fill="%s"/>' % (*point, COLOURS[name])
+            COLORS[name], " ".join("%.1f,%.1f" % point for point in points)))
+        drawn += ['<circle cx="%.1f" cy="%.1f" r="3" fill="%s"/>' % (*point, COLORS[name])
                   for point in points]
     return "<figure>%s</svg><figcaption>%s</figcaption></figure>" % ("".join(drawn), caption)
 
@@ -174,7 +174,7 @@ def _table(layers: Sequence[Dict[str, Any]], both: bool) -> str:
         cells += ["<td>%s</td>" % _number(layer[key]) for key in (
             "mean", "std", *["rate_" + name for name in names])]
         bars = "".join('<span class="bar" style="width:%.1f%%;background:%s"></span>' % (
-            100 * (place - low) / (high - low), COLOURS[name]) for name in names
+            100 * (place - low) / (high - low), COLORS[name]) for name in names
             for place in [_finite(layer["rate_" + name], True)] if place is not None)
         cells += ['<td class="bars">%s</td>' % bars,
                   "<td>%s</td>" % _number(layer["variation_after"])]

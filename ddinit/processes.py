@@ -121,7 +121,7 @@ def keep_freed_memory() -> None:
     """Ask the C library to keep freed memory for itself (glibc; elsewhere no effect).
 
     Arrays that come and go otherwise cost a page fault every 4 kB: a quarter of the time of an
-    initialisation on a virtual machine, and of a database more than all else that writing does.
+    initialization on a virtual machine, and of a database more than all else that writing does.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -8,7 +8,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
-from initialised import (
+from initialized import (
     BODY,
     CONV,
     DATA,

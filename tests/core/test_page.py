@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import cv2
 import numpy as np
 import pytest
-from initialised import AFFINE, DATA, TOY, bytes_of, here, run, write_images
+from initialized import AFFINE, DATA, TOY, bytes_of, here, run, write_images
 from toy_nets import image_input, layer, working_net
 
 import magic_init
