@@ -82,7 +82,7 @@ def calibrate(net: Any, prototxt: str, images: Optional[Images] = None, batches:
         exact step, the paper's schedule is 0.25 and 10
     literal : equation 2 to the letter (see `change_rates`)
     output_std : standard deviation that the outputs of a net from scratch get, by default the one
-        that they have; small outputs train better (experiments/results/small_tables.md)
+        that they have; small outputs train better (experiments/results/choices.md)
 
     The other parameters are those of `initialize`.
 

@@ -188,6 +188,7 @@ def blas_threads(working: WorkingNet) -> Iterator[None]:
         shape = working.blob(layer.tops[0]).shape
         places = np.prod(shape[1:]) / shape[output_axis(layer, len(shape))]
         products = max(products, layer.weights.size * places)
+    del working  # the block may replace it by another one
     # The wheel's BLAS is a part of Caffe's own library, where threadpoolctl does not look.
     caffes = ctypes.CDLL(import_caffe()._caffe.__file__)
     if products >= SMALL_LAYER or not hasattr(caffes, "openblas_set_num_threads"):

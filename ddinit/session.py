@@ -17,7 +17,7 @@ from ddinit.images import (
     find_images,
     read_batches,
 )
-from ddinit.net import WorkingNet, copy_weights
+from ddinit.net import WorkingNet
 from ddinit.prototxt import (
     Input,
     build_net,
@@ -73,6 +73,19 @@ class Session:
         if not self._fed:
             layers = [layer for layer in layers if not is_source(layer)]
         return WorkingNet(working_definition(layers, self.inputs, definition.name), self.inputs)
+
+    def rebuild(self, definition: Any) -> None:
+        """Go on with the same weights in another definition, whose layers have the same names.
+
+        The net goes before the new one comes: two of VGG-16 take 4 GB.
+        """
+        weights = {name: [np.array(blob.data) for blob in blobs]
+                   for name, blobs in self.working.net.params.items()}
+        del self.working
+        self.working = self.build(definition)
+        for name, blobs in self.working.net.params.items():
+            for blob, values in zip(blobs, weights.pop(name)):
+                blob.data[...] = values
 
     def rate_batches(self) -> List[int]:
         """Return the batches for the rates of a loaded net, without the one held back."""
@@ -235,9 +248,7 @@ def calibrate_session(session: Session, rng: np.random.Generator, keep_function:
     if keep_function:
         before = measure(session.working, session.batches, session.rate_batches(), rng,
                          literal=options.literal)
-        graph = ScaleGraph(session.working)
-        solution = between.solve(graph, before, [one.layer.name for one in graph.affine])
-        done = rescale_exactly(session, graph, solution, before, rng, options)
+        done = rescale_exactly(session, before, rng, options)
     else:
         done = _calibrate_from_scratch(session, rng, options)
     _warn_of_rates_apart(done.after.by_layer())
@@ -246,20 +257,17 @@ def calibrate_session(session: Session, rng: np.random.Generator, keep_function:
 
 def _calibrate_from_scratch(session: Session, rng: np.random.Generator,
                             options: Options) -> Calibration:
-    working = session.working
-    before = between.equalize(working, session.batches, session.count, rng, options)
+    before = between.equalize(session.working, session.batches, session.count, rng, options)
     statistics: Dict[str, Statistics] = {}
-    after = session.judge(rng, options.literal, statistics)
-    if options.alpha < 1 or spread(after.by_layer()) < APART:
-        return Calibration(before, after, statistics)
-    rates = measure(working, session.batches, session.rate_batches(), rng,
-                    len(working.outputs) > 1, options.literal)
-    graph, _ = between.solve_from_scratch(working, rates, between.output_std(working))
-    solution = between.solve(graph, rates, [one.layer.name for one in graph.affine])
-    if not solution.auxiliary:
-        return Calibration(before, after, statistics)
-    done = rescale_exactly(session, graph, solution, before, rng, options)
-    return done._replace(difference=None)  # a net from scratch has no function to keep
+    done = Calibration(before, session.judge(rng, options.literal, statistics), statistics)
+    if options.alpha < 1 or spread(done.after.by_layer()) < APART:
+        return done
+    rates = measure(session.working, session.batches, session.rate_batches(), rng,
+                    len(session.working.outputs) > 1, options.literal)
+    changed = rescale_exactly(session, rates, rng, options, from_scratch=True)
+    if not changed.changes:
+        return done
+    return changed._replace(before=before, difference=None)  # there was no function to keep
 
 
 def _warn_of_rates_apart(rates: Dict[str, float]) -> None:
@@ -275,29 +283,36 @@ def _warn_of_rates_apart(rates: Dict[str, float]) -> None:
                     ", ".join("layer '%s'" % name for name in idle))
 
 
-def rescale_exactly(session: Session, graph: ScaleGraph, solution: between.Solution,
-                    before: ChangeRates, rng: np.random.Generator,
-                    options: Options) -> Calibration:
-    """Give blobs the scales of a solution without changing the function.
+def rescale_exactly(session: Session, rates: ChangeRates, rng: np.random.Generator,
+                    options: Options, from_scratch: bool = False) -> Calibration:
+    """Give blobs the scales that make `rates` equal, without changing the function.
 
     The outputs on the batch held back are compared with those before, and rates are measured there,
-    in a net of the changed definition where it has to change.  The session goes on with that.
+    in a net of the changed definition where it has to change.  The session goes on with that.  A
+    net from scratch stays as it is if it needs no auxiliary Power layer.
     """
     working = session.working
-    working.load(session.batches, session.check)
-    working.forward()
-    expected = {name: np.array(working.blob(name).data) for name in working.outputs}
+    graph = ScaleGraph(working) if not from_scratch else between.solve_from_scratch(
+        working, rates, between.output_std(working))[0]
+    solution = between.solve(graph, rates, [one.layer.name for one in graph.affine])
+    if from_scratch and not solution.auxiliary:
+        return Calibration(rates, rates, {})
+    expected = _outputs(session)
     solution = solution._replace(log_scales=options.alpha * solution.log_scales)
     between.apply_to_weights(graph, solution.log_scales)
     definition, changes = rewritten(session.definition, graph, solution)
+    del working, graph  # so that the net can go
     if changes:
-        session.working = session.build(definition)
-        copy_weights(working.net, session.working.net)
-    session.working.load(session.batches, session.check)
-    session.working.forward()
-    difference = worst_difference(
-        expected, {name: session.working.blob(name).data for name in expected})
+        session.rebuild(definition)
+    difference = worst_difference(expected, _outputs(session))
     statistics: Dict[str, Statistics] = {}
     after = session.judge(rng, options.literal, statistics)
-    return Calibration(before, after, statistics, definition if changes else None, changes,
+    return Calibration(rates, after, statistics, definition if changes else None, changes,
                        difference)
+
+
+def _outputs(session: Session) -> Dict[str, np.ndarray]:
+    """Return what the net puts out for the batch held back."""
+    session.working.load(session.batches, session.check)
+    session.working.forward()
+    return {name: np.array(session.working.blob(name).data) for name in session.working.outputs}

@@ -21,7 +21,7 @@ CONTRAST = 0.01
 TINY = 1e-20
 # White patches of less than this part of the mean squared length say nothing and are not chosen.
 FAINT = 0.1
-# Passes over all patches; nets trained no better from more (experiments/results).
+# Passes over all patches; nets trained no better from more (experiments/results/choices.md).
 KMEANS_ITERATIONS = 5
 # Patches drawn per number in a patch: enough for a covariance that is regularized anyway.
 PATCHES_PER_DIMENSION = 2
