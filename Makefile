@@ -71,8 +71,8 @@ demo: venv
 	$(RUN) data/photographs.py build/photographs
 	$(RUN) magic_init.py models/caffenet/deploy.prototxt build/caffenet.caffemodel \
 	  --data 'build/photographs/*' --type kmeans --calibrate \
-	  --report build/caffenet.json --figure build/caffenet.png
-	@echo "look at build/caffenet.png"
+	  --report build/caffenet.html
+	@echo "Look at build/caffenet.html: figure 1 of this net, its filters and its layers' rates."
 
 # other photographs: make bench PHOTOS='init/*' MEASURE='others/*' VOC=VOCdevkit/VOC2007
 PHOTOS ?= build/photographs/*

@@ -204,8 +204,6 @@ def run(arguments: argparse.Namespace) -> None:
     content = report.as_json(found, arguments)
     if arguments.report:
         report.write(arguments.report, content, found.filters)
-    if arguments.figure:
-        report.draw(content, arguments.figure)
 
 
 def _tell(found: Result, arguments: argparse.Namespace, beside: Optional[str]) -> None:
@@ -270,7 +268,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="write a rescaled net whose outputs differ")
     add("--report", metavar="FILE", help="everything that was measured: a page to look at where "
         "FILE ends in .html, otherwise JSON")
-    add("--figure", metavar="FILE", help="PNG file for the paper's figure 1 of this net")
     return parser
 
 
@@ -337,7 +334,7 @@ def _check_outputs(arguments: argparse.Namespace, beside: Optional[str]) -> None
             raise ValueError("%s would be overwritten by its own net's definition: give OUTPUT a "
                              "name like new.caffemodel" % arguments.output)
         used.add(os.path.realpath(beside))
-    for path in (arguments.output, arguments.report, arguments.figure):
+    for path in (arguments.output, arguments.report):
         if path is None:
             continue
         files.check_writable(path)

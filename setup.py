@@ -17,6 +17,7 @@ DEVELOPMENT = [
     "pycocotools>=2.0.4,<2.1",  # the other opinion on average precision
 ]
 EXPERIMENTS = [
+    "matplotlib>=3.3,<3.10",
     "scikit-learn>=1.0,<1.7",
     "lmdb>=1.2,<2; python_version < '3.9'",  # what pip builds of later ones does not load there
     "lmdb>=1.2,<4; python_version >= '3.9'",
@@ -43,7 +44,6 @@ setup(
         "numpy>=1.19,<2",
         "scipy>=1.5,<1.14",
         "opencv-python-headless>=4.4,<4.12",  # contrib, for selective search, replaces it
-        "matplotlib>=3.3,<3.10",
         "tqdm>=4.50,<5",
         "threadpoolctl>=3,<4",
     ],

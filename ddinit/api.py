@@ -46,7 +46,7 @@ def initialize(net: Any, prototxt: str, images: Optional[Images] = None, kind: s
     batches : how many batches to use
     layers : names of the layers to set; by default all
     within : scale each channel to mean `beta` and variance 1
-    mean, scale : image files become (pixels - mean) * scale; mean is a number, a colour in BGR, or
+    mean, scale : image files become (pixels - mean) * scale; mean is a number, a color in BGR, or
         a mean image or its file
     mem_limit : megabytes for blobs of all batches; what exceeds them goes to temporary files
 

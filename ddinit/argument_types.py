@@ -1,11 +1,8 @@
 """Numbers and devices on command lines, checked where they are typed.
 
 As in parser.add_argument("--iterations", type=argument_types.count, default=80000).
-
-    python -c "import argument_types; print(argument_types.count('80000'))"
 """
 import argparse
-import os
 
 SEED_LIMIT = 2 ** 31
 
@@ -51,19 +48,11 @@ def fraction(text: str) -> float:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add --cpu and --gpu; `caffe_net.choose_device(arguments.cpu, arguments.gpu)` takes them."""
+    """Add --cpu and --gpu; `net.choose_device(arguments.cpu, arguments.gpu)` takes them."""
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--cpu", action="store_true", help="compute on the CPU")
     device.add_argument("--gpu", type=natural, metavar="ID", help="compute on this GPU (default: "
                         "GPU 0 where this Caffe can, else the CPU)")
-
-
-def add_workers(parser: argparse.ArgumentParser) -> None:
-    """Add --workers, by default a core less than there are, up to 4."""
-    default = min(4, max(1, (os.cpu_count() or 1) - 1))
-    parser.add_argument("--workers", type=natural, default=default, metavar="N",
-                        help="processes that read images; 0: read between iterations (default "
-                             "%(default)d)")
 
 
 def _whole(text: str, least: int) -> int:

@@ -23,7 +23,7 @@ LRN_LIMIT = 1e5
 # A step that changes the log scale at LRN layers by less than this has settled them.
 SETTLED = 0.3
 # How many images a step before the last is measured on, and how many batches the last one.
-SETTLING_IMAGES = 8
+SETTLING_IMAGES = 4
 LAST_BATCHES = 4
 # How much the blocks of one layer count in `solve` against the means of layers.
 BLOCK_WEIGHT = 0.1

@@ -89,20 +89,6 @@ def blob_shape(blob: Any) -> Tuple[int, ...]:
     return tuple(blob.shape.dim)
 
 
-def check_filled(net: Any, names: Sequence[str]) -> None:
-    """Raise ValueError naming the first layer of `names` whose weights nothing sets.
-
-    Caffe would leave them 0, which no training leaves again.
-    """
-    for layer in net.layer:
-        parameters = {"Convolution": layer.convolution_param,
-                      "InnerProduct": layer.inner_product_param}.get(layer.type)
-        if parameters is not None and layer.name in names \
-                and not parameters.HasField("weight_filler"):
-            raise ValueError("layer '%s': neither the weights nor a weight_filler of the "
-                             "definition set it" % layer.name)
-
-
 def _load_hdf5(net: Any, path: str, fresh: Sequence[str]) -> List[str]:
     """Let Caffe read an HDF5 file; what it has not set is found by NaN."""
     before = {name: [np.array(blob.data) for blob in blobs] for name, blobs in net.params.items()}

@@ -87,7 +87,7 @@ def is_cut_short(content: bytes) -> bool:
 
 
 def read_mean(path: str) -> np.ndarray:
-    """Return a mean image or colour (channels, height, width) from a .npy or .binaryproto file.
+    """Return a mean image or color (channels, height, width) from a .npy or .binaryproto file.
 
     Raises ValueError naming the file where it is neither.
     """
@@ -116,14 +116,14 @@ def mean_for(mean: Union[str, float, Sequence[float], np.ndarray],
              shape: Sequence[int]) -> np.ndarray:
     """Return what to subtract from images (channels, height, width) of a net: that broadcasts.
 
-    `mean` is a number, a colour in BGR, a mean image (channels, height, width) or the file of one.
+    `mean` is a number, a color in BGR, a mean image (channels, height, width) or the file of one.
     """
     values = read_mean(mean) if isinstance(mean, str) else np.atleast_1d(
         np.asarray(mean, np.float32))
     if values.ndim == 1:
         values = values.reshape(-1, 1, 1)
     if values.ndim != 3:
-        raise ValueError("the mean has the shape %s: it is a number, a colour or a mean image "
+        raise ValueError("the mean has the shape %s: it is a number, a color or a mean image "
                          "(channels, height, width)" % list(values.shape))
     if values.shape[1:] != (1, 1):
         values = np.stack([cv2.resize(channel, (shape[2], shape[1])) for channel in values])

@@ -14,7 +14,7 @@ from ddinit.net import WorkingNet
 
 MOST_FILTERS = 256
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 300, 52, 84, 14
-COLOURS = {"before": "#b8860b", "after": "#1f6f8b"}
+COLORS = {"before": "#b8860b", "after": "#1f6f8b"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; padding: 1em;
   max-width: 72em }
@@ -98,7 +98,7 @@ def _legend(content: Dict[str, Any]) -> str:
     labels = {"before": "before the step between layers", "after": "after it"
               if content["calibrated"] else "this net"}
     return "<p>%s</p>" % " &nbsp; ".join(
-        '<span class="key" style="background:%s"></span>%s' % (COLOURS[name], labels[name])
+        '<span class="key" style="background:%s"></span>%s' % (COLORS[name], labels[name])
         for name in names)
 
 
@@ -123,7 +123,7 @@ def _figure(caption: str, layers: Sequence[Dict[str, Any]], key: str, logarithmi
         drawn.append('<line x1="%d" x2="%d" y1="%.1f" y2="%.1f" stroke="#ddd"/><text x="%d" '
                      'y="%.1f" font-size="11" text-anchor="end" fill="#555">%s</text>' % (
                          LEFT, WIDTH, y(tick), y(tick), LEFT - 5, y(tick) + 4,
-                         "%.3g" % (10 ** tick if logarithmic else tick)))
+                         _number(10 ** tick if logarithmic else tick)))
     step = -(-len(layers) // 40)
     for number, layer in list(enumerate(layers))[::step]:
         drawn.append('<text font-size="11" fill="#444" text-anchor="end" transform="translate('
@@ -132,8 +132,8 @@ def _figure(caption: str, layers: Sequence[Dict[str, Any]], key: str, logarithmi
     for name, line in series.items():
         points = [(x(number), y(value)) for number, value in enumerate(line) if value is not None]
         drawn.append('<polyline fill="none" stroke="%s" stroke-width="2" points="%s"/>' % (
-            COLOURS[name], " ".join("%.1f,%.1f" % point for point in points)))
-        drawn += ['<circle cx="%.1f" cy="%.1f" r="3" fill="%s"/>' % (*point, COLOURS[name])
+            COLORS[name], " ".join("%.1f,%.1f" % point for point in points)))
+        drawn += ['<circle cx="%.1f" cy="%.1f" r="3" fill="%s"/>' % (*point, COLORS[name])
                   for point in points]
     return "<figure>%s</svg><figcaption>%s</figcaption></figure>" % ("".join(drawn), caption)
 
@@ -174,7 +174,7 @@ def _table(layers: Sequence[Dict[str, Any]], both: bool) -> str:
         cells += ["<td>%s</td>" % _number(layer[key]) for key in (
             "mean", "std", *["rate_" + name for name in names])]
         bars = "".join('<span class="bar" style="width:%.1f%%;background:%s"></span>' % (
-            100 * (place - low) / (high - low), COLOURS[name]) for name in names
+            100 * (place - low) / (high - low), COLORS[name]) for name in names
             for place in [_finite(layer["rate_" + name], True)] if place is not None)
         cells += ['<td class="bars">%s</td>' % bars,
                   "<td>%s</td>" % _number(layer["variation_after"])]
@@ -183,7 +183,10 @@ def _table(layers: Sequence[Dict[str, Any]], both: bool) -> str:
 
 
 def _number(value: Optional[float]) -> str:
-    return "" if value is None else "%.3g" % value
+    """Return a number with three digits, and all of those before the point."""
+    if value is None or not math.isfinite(value):
+        return ""
+    return "{:,.0f}".format(value) if abs(value) >= 1000 else "%.3g" % value
 
 
 def _changes(content: Dict[str, Any]) -> str:

@@ -22,6 +22,9 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's options, of malloc.h
+# OpenBLAS's idle threads wait 2^20 cycles for work before they sleep, not 2^26: Caffe, numpy and
+# scipy each have theirs, which would take the processors from each other (results/speed.md).
+BLAS_PATIENCE = {"OPENBLAS_THREAD_TIMEOUT": "20"}
 PR_SET_PDEATHSIG = 1  # prctl's option: the signal that a process gets when its parent ends
 
 
@@ -49,6 +52,8 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     Raises what the child raised, or ChildDied (a ValueError) where it aborted or was killed.
     """
     context: Any = multiprocessing.get_context("spawn")
+    for name, value in BLAS_PATIENCE.items():
+        os.environ.setdefault(name, value)  # the child inherits it
     receiver, sender = context.Pipe(duplex=False)
     root = logging.getLogger()
     level = root.level if root.handlers else None
@@ -116,7 +121,7 @@ def keep_freed_memory() -> None:
     """Ask the C library to keep freed memory for itself (glibc; elsewhere no effect).
 
     Arrays that come and go otherwise cost a page fault every 4 kB: a quarter of the time of an
-    initialisation on a virtual machine, and of a database more than all else that writing does.
+    initialization on a virtual machine, and of a database more than all else that writing does.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

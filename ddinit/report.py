@@ -1,9 +1,5 @@
 """Show what a run has done: the table of layers, the JSON report, the page and figure 1."""
 import argparse
-import os
-import subprocess
-import sys
-import tempfile
 from typing import Any, Dict, List, NamedTuple, Optional
 
 from ddinit import page, results
@@ -85,18 +81,3 @@ def write(path: str, content: Dict[str, Any], filters: bytes) -> None:
         page.write(path, content, filters)
     else:
         results.write_json(path, content)
-
-
-def draw(content: Dict[str, Any], path: str) -> None:
-    """Draw figure 1 of the paper from what `as_json` returned, in a process of its own.
-
-    Importing matplotlib takes longer than all else that a command without a figure imports.
-    Raises ValueError with that process's last line where it fails.
-    """
-    with tempfile.TemporaryDirectory(prefix="magic_init.") as folder:
-        report = os.path.join(folder, "report.json")
-        results.write_json(report, content)
-        done = subprocess.run([sys.executable, "-m", "ddinit.rate_figure", report, path],
-                              stderr=subprocess.PIPE, universal_newlines=True, check=False)
-    if done.returncode:
-        raise ValueError("%s: no figure: %s" % (path, (done.stderr.splitlines() or ["?"])[-1]))

@@ -1,12 +1,11 @@
-"""One result format: JSON with what is needed to repeat it, CSV tables, trials and their error."""
+"""One result format: JSON with what is needed to repeat it."""
 import contextlib
-import csv
 import importlib.metadata
 import json
 import math
 import platform
 import sys
-from typing import Any, Dict, Iterable, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence
 
 from ddinit import files
 
@@ -58,30 +57,6 @@ def read_json(path: str) -> Any:
         raise ValueError("%s: cannot read it (%s)" % (path, error.strerror)) from error
     except ValueError as error:
         raise ValueError("%s: not JSON: %s" % (path, error)) from error
-
-
-def write_csv(path: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table with a line of column names, whole or not at all; None is an empty cell."""
-    with files.replacing(path) as temporary, \
-            open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)
-
-
-def mean_and_error(trials: Sequence[float]) -> Tuple[float, Optional[float]]:
-    """Return the mean of trials and its standard error s / sqrt(n), None for a single trial.
-
-    Raises ValueError where there is no trial.
-    """
-    count = len(trials)
-    if not count:
-        raise ValueError("no trials to average")
-    mean = math.fsum(trials) / count
-    if count == 1:
-        return mean, None
-    variance = math.fsum((trial - mean) ** 2 for trial in trials) / (count - 1)
-    return mean, math.sqrt(variance / count)
 
 
 def _plain(value: Any) -> Any:

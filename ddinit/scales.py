@@ -282,14 +282,14 @@ def local_response(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> Li
     return through_uniform(graph, layer, bottoms)
 
 
-def batch_normalised(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> List[Blocks]:
+def batch_normalized(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> List[Blocks]:
     """BatchNorm: absorbs, exactly, when mean and variance and eps follow the input's scale."""
     graph.adjusted[layer.name] = graph.unify(bottoms[0])
     return whole(graph, layer, {})
 
 
 def mean_variance(graph: ScaleGraph, layer: Layer, bottoms: List[Blocks]) -> List[Blocks]:
-    """MVN: absorbs; without normalising the variance through."""
+    """MVN: absorbs; without normalizing the variance through."""
     parameters = layer.parameters.mvn_param
     if parameters.normalize_variance:
         return (absorbed if parameters.across_channels else absorbed_by_channel)(
@@ -378,7 +378,7 @@ TABLE: Dict[str, Rule] = {
     "AbsVal": through, "ReLU": through, "PReLU": through, "Dropout": through, "ELU": rectified,
     "Pooling": pooled, "SPP": through_uniform, "LRN": local_response, "Power": powered,
     "Convolution": affine, "Deconvolution": affine, "InnerProduct": affine, "Embed": embedded,
-    "Scale": scaled_channels, "Bias": added_bias, "BatchNorm": batch_normalised,
+    "Scale": scaled_channels, "Bias": added_bias, "BatchNorm": batch_normalized,
     "MVN": mean_variance, "Eltwise": combined, "Concat": concatenated, "Slice": sliced,
     "Flatten": reshaped, "Reshape": reshaped, "Im2col": reshaped, "Permute": permuted,
     "Tile": along_axis, "Reverse": along_axis, "Crop": cropped, "Reduction": reduced,

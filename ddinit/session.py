@@ -35,7 +35,7 @@ from ddinit.walk import Statistics
 log = logging.getLogger("magic_init")
 
 Images = Union[str, Sequence[str], np.ndarray]
-# The mean colour of ImageNet's photographs in BGR, as Caffe's own definitions have it.
+# The mean color of ImageNet's photographs in BGR, as Caffe's own definitions have it.
 MEAN = (104.0, 117.0, 123.0)
 # A rescaled net's outputs may differ by this part of their std.
 TOLERANCE = 1e-3

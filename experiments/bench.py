@@ -56,6 +56,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                         help="%(choices)s (default: the first four)")
     parser.add_argument("--seed", type=argument_types.natural, default=1,
                         help="random seed of the weights (default: %(default)d)")
+    parser.add_argument("--draw", action="store_true",
+                        help="draw both sets of images at random from all of them, by the seed")
     arguments = parser.parse_args(argv)
     processes.log_to_stderr()
     return processes.command_line(run, arguments, parser.prog)
@@ -64,6 +66,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Time the cases, each beside a forward of its net; write and print the table."""
     files.check_writable(arguments.out)
+    arguments.data, arguments.measure = (find_images(one) for one in (
+        arguments.data, arguments.measure))
+    if arguments.draw:
+        images = arguments.data + arguments.measure
+        order = np.random.default_rng(arguments.seed).permutation(len(images))
+        drawn, count = [images[number] for number in order], len(arguments.data)
+        arguments.data, arguments.measure = drawn[:count], drawn[count:]
     rows: List[Dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench.") as folder:
         for case in CASES:
@@ -90,7 +99,7 @@ def time_case(case: Case, arguments: argparse.Namespace, folder: str) -> Dict[st
              else flag for flag in case.flags]
     before = processes.in_child(forward_seconds, net, arguments.data)
     command = [sys.executable, os.path.join(os.path.dirname(MODELS), "magic_init.py"), net, output,
-               "-d", arguments.data, "--report", report, "--quiet",
+               "-d", *arguments.data, "--report", report, "--quiet",
                "--seed", str(arguments.seed)] + flags
     started = time.perf_counter()
     peak = _run(command)
@@ -112,14 +121,14 @@ def _run(command: Sequence[str]) -> int:
     return 1024 * usage.ru_maxrss
 
 
-def forward_seconds(net: str, data: str) -> float:
+def forward_seconds(net: str, data: Sequence[str]) -> float:
     """Return the seconds of one forward of 160 images in batches of 16, once warm; in a child."""
     measured = open_net(net, BATCH_SIZE)
     rng = np.random.default_rng(0)
     for layer in measured.affine:
         layer.weights[...] = rng.standard_normal(layer.weights.shape, np.float32) \
             / np.sqrt(layer.weights[0].size)
-    images = ImageBatches(find_images(data)[:BATCH_SIZE], measured.inputs[0], MEAN, 1.0)
+    images = ImageBatches(data[:BATCH_SIZE], measured.inputs[0], MEAN, 1.0)
     measured.load(images, 0)
     measured.forward()
     started = time.perf_counter()
@@ -132,7 +141,7 @@ def unseen_spread(net: str, weights: str, data: str) -> float:
     """Return the largest over the smallest change rate on other images; in a child process."""
     measured = open_net(net, 10)
     load_weights(measured.net, weights)
-    images = ImageBatches(find_images(data), measured.inputs[0], MEAN, 1.0)
+    images = ImageBatches(data, measured.inputs[0], MEAN, 1.0)
     rates = change_rates.measure(measured, images, range(images.count), np.random.default_rng(0))
     return change_rates.spread(rates.by_layer())
 

@@ -25,6 +25,7 @@ from ddinit.net import choose_device, use_device
 from ddinit.prototxt import build_net, read_definition
 from detection import batches
 from detection import nets as detection_nets
+from training import options
 from training.batches import Crops
 from training.nets import image_source_layer
 from voc.folders import Voc
@@ -121,7 +122,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         help="network definition (default: models/caffenet)")
     add("--iterations", type=count, default=20, metavar="N", help="default: %(default)d")
     add("--out", metavar="FILE.json", help="file for the result")
-    argument_types.add_workers(parser)
+    options.add_workers(parser)
     argument_types.add_device(parser)
     return processes.command_line(run, parser.parse_args(argv), parser.prog)
 

@@ -197,7 +197,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--voc", required=True, metavar="DIR", help="VOC folder, such as "
                         "VOCdevkit/VOC2007, or an LMDB of data/make_voc_lmdb.py")
     options.add_seed(parser)
-    argument_types.add_workers(parser)
+    options.add_workers(parser)
     argument_types.add_device(parser)
 
 

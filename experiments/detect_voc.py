@@ -25,13 +25,14 @@ from tqdm import tqdm
 
 from ddinit import argument_types, files, processes, results
 from ddinit.argument_types import count, positive
-from ddinit.caffemodel import check_filled, load_weights
+from ddinit.caffemodel import load_weights
 from ddinit.net import choose_device, use_device
 from ddinit.prototxt import build_net, caffe_messages, read_definition
 from detection import batches, detections, nets, proposals
 from training import options, run_folder
 from training.loop import Folding, Plan, run
 from training.prefetch import Prefetcher
+from training.starts import check_filled
 from voc.average_precision import detection_ap
 from voc.folders import Objects, Voc
 
@@ -277,7 +278,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--voc", required=True, metavar="DIR",
                         help="VOC folder, such as VOCdevkit/VOC2007")
     proposals.add_arguments(parser)
-    argument_types.add_workers(parser)
+    options.add_workers(parser)
     argument_types.add_device(parser)
 
 

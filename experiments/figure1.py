@@ -13,11 +13,13 @@ import logging
 import os
 import sys
 import tempfile
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from ddinit import argument_types, change_rates, files, processes, rate_figure, results
+from ddinit import argument_types, change_rates, files, processes, results
 from ddinit.caffemodel import load_weights
 from ddinit.images import ImageBatches, batches_of, find_images
 from ddinit.net import WorkingNet, blas_threads, choose_device, open_net, use_device
@@ -95,7 +97,7 @@ def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
                                  **found[name]._asdict()} for name, weights in arguments.named]})
     if arguments.figure is not None:
         layers = list(found[names[0]].rates)
-        rate_figure.draw(
+        draw(
             arguments.figure, "%s, %d images" % (os.path.basename(os.path.dirname(
                 os.path.abspath(arguments.net))), wanted), layers,
             {name: [one.rates[layer] for layer in layers] for name, one in found.items()},
@@ -144,6 +146,37 @@ def table(found: Dict[str, Rates]) -> List[str]:
     lines += [form % (layer, *["%.3g" % one.variations[layer] for one in found.values()])
               for layer in layers]
     return lines
+
+
+def draw(path: str, title: str, layers: Sequence[str], rates: Mapping[str, Sequence[float]],
+         variations: Mapping[str, Sequence[float]]) -> None:
+    """Write a PNG with a line per entry of `rates` and of `variations`, by label (layers,).
+
+    Rates are on a logarithmic axis, where a flat line means that all layers train at one rate.
+    """
+    width = min(16.0, max(8.0, 4 + 0.3 * len(layers)))
+    figure = Figure(figsize=(width, 4.2))
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2)
+    for axes, series, name in (
+            (left, rates, "(a) average change rate"),
+            (right, variations, "(b) coefficient of variation")):
+        for number, (label, values) in enumerate(series.items()):
+            axes.plot(range(len(layers)), values, "osD^vPX*"[number % 8] + "-", markersize=4,
+                      linewidth=1.3, label=label)
+        axes.set_title(name, fontsize=10)
+        axes.set_xticks(range(len(layers)))
+        axes.set_xticklabels(layers, rotation=90 if len(layers) > 10 else 30,
+                             ha="center" if len(layers) > 10 else "right",
+                             fontsize=8 if len(layers) <= 24 else 5)
+        axes.grid(True, which="both", axis="y", alpha=0.3)
+    left.set_yscale("log")
+    right.set_ylim(bottom=0)
+    left.legend(fontsize=8)
+    figure.tight_layout()
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 if __name__ == "__main__":

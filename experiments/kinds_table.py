@@ -28,6 +28,7 @@ from google.protobuf import text_format
 
 from ddinit import argument_types, files, processes, results
 from ddinit.prototxt import import_caffe, read_definition
+from tables import formats
 
 log = logging.getLogger("kinds_table")
 COMMAND = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
@@ -512,7 +513,7 @@ def progress(row: Row) -> str:
 
 def write_table(base: str, rows: Sequence[Row]) -> None:
     """Write the table as `base`.csv and `base`.md."""
-    results.write_csv(base + ".csv", list(COLUMNS),
+    formats.write_csv(base + ".csv", list(COLUMNS),
                       [[cell(row, column) for column in COLUMNS] for row in rows])
     lines = ["| %s |" % " | ".join(COLUMNS),
              "| --- |" + " ---: |" * (len(COLUMNS) - 1)]

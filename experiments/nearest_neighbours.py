@@ -22,6 +22,7 @@ from neighbours import montage
 from neighbours.features import FeatureNet, cached_features
 from neighbours.lists import read_paths
 from neighbours.search import Neighbours, nearest
+from training import options
 from training.batches import MEAN
 
 log = logging.getLogger("nearest_neighbours")
@@ -49,7 +50,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                         help="values to subtract from blue, green and red (default: 104 117 123)")
     parser.add_argument("--batch-size", metavar="IMAGES", type=count, default=32,
                         help="default: %(default)d")
-    argument_types.add_workers(parser)
+    options.add_workers(parser)
     argument_types.add_device(parser)
     arguments = parser.parse_args(argv)
     processes.log_to_stderr()

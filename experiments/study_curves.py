@@ -24,6 +24,7 @@ from ddinit.argument_types import count
 from ddinit.prototxt import caffe_messages, write_definition
 from imagenet import curves
 from studies import data, runs
+from tables import formats
 from training.trials import Runner
 
 log = logging.getLogger("study_curves")
@@ -139,7 +140,7 @@ def report(trials: Sequence[Dict[str, Any]], arguments: argparse.Namespace,
                  for row in curves.summary(found, spans)]
     results.write_json(os.path.join(arguments.out, "curves.json"), {
         **results.provenance(None, argv), "rows": rows})
-    results.write_csv(os.path.join(arguments.out, "curves.csv"), list(rows[0]),
+    formats.write_csv(os.path.join(arguments.out, "curves.csv"), list(rows[0]),
                       [list(row.values()) for row in rows])
 
 

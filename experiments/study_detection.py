@@ -130,7 +130,7 @@ def table(found: Sequence[Dict[str, Any]]) -> str:
 def _mean(values: List[float]) -> str:
     if not values:
         return ""
-    mean, error = results.mean_and_error(values)
+    mean, error = formats.mean_and_error(values)
     return "%.3f" % mean if error is None else "%.3f ± %.3f" % (mean, error)
 
 

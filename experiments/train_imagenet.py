@@ -209,7 +209,7 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help="iterations between two rows of curves.csv (default: that of the preset)")
     options.add_snapshots(parser, 10000)
     options.add_seed(parser)
-    argument_types.add_workers(parser)
+    options.add_workers(parser)
     argument_types.add_device(parser)
     return parser.parse_args(argv)
 

@@ -12,7 +12,7 @@ import textwrap
 from typing import List
 
 ROOT = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-FENCED = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^    .*\n)(?:(?:^    .*|^)\n)*", re.MULTILINE)
 PROGRAMS = ("python", "make", "pip", "snakemake", "docker")
 STARTS = re.compile(r"(?:[A-Z_]+=\S+ +)*(?:%s)(?!\S)" % "|".join(PROGRAMS))
@@ -51,9 +51,15 @@ def shown(path: str) -> List[str]:
             if STARTS.match(command)]
 
 
+def python_examples(path: str) -> List[str]:
+    """The blocks of Python that a Markdown file shows."""
+    with open(os.path.join(ROOT, path), encoding="utf-8") as file:
+        return [block for kind, block in FENCED.findall(file.read()) if kind == "python"]
+
+
 def _of_markdown(path: str, text: str) -> List[str]:
     found = []
-    blocks = FENCED.findall(text)
+    blocks = [block for kind, block in FENCED.findall(text) if kind != "python"]
     rest = FENCED.sub("", text)
     blocks += INDENTED.findall(rest)
     for block in blocks:

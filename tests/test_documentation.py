@@ -4,6 +4,7 @@ Commands run as they stand, by a shell, in a folder with a newcomer's checkout a
 names they use; what makes them short is added behind them.  What cannot be run here is read by the
 parser of the program that it starts.
 """
+import ast
 import concurrent.futures
 import importlib
 import os
@@ -20,7 +21,7 @@ import pytest
 import snakemake
 import yaml
 from scipy.io import savemat
-from shown_commands import ROOT, documents, shown
+from shown_commands import ROOT, documents, python_examples, shown
 
 import gpu_check
 import magic_init
@@ -68,7 +69,7 @@ SHORTER = {
 # Scripts that are not run here, and why.
 READ_ONLY = {
     "data/fetch.py": "downloads gigabytes",
-    "experiments/bench.py": "initialises three nets of full size",
+    "experiments/bench.py": "initializes three nets of full size",
     "experiments/gpu_check.py": "needs a GPU; test_gpu_check.py compares the CPU with itself",
     "experiments/kinds_table.py": "measures 22 networks; test_kinds_table.py runs it on two",
     "experiments/study_curves.py": "trains nine nets; test_study_curves.py runs it in small",
@@ -251,6 +252,18 @@ def _copy(folder, of):
     shutil.copytree(str(of), str(folder), symlinks=True, copy_function=os.link,
                     ignore=shutil.ignore_patterns("tiny"))
     return folder
+
+
+def test_the_readmes_example_in_python_runs(given, tmp_path):
+    folder = _copy(tmp_path / "example", given)
+    (example,) = python_examples("README.md")
+    (folder / "example.py").write_text(example)
+    ran = _run(folder, "python example.py")
+    assert ran.status == 0, ran
+    rates = ast.literal_eval(ran.said.splitlines()[-1])
+    assert list(rates) == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
+    assert max(rates.values()) / min(rates.values()) < 1.5
+    assert (folder / "build" / "caffenet.caffemodel").stat().st_size > 200000
 
 
 def _run_all(folder, commands) -> List[Ran]:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from ddinit import files, processes, results
 from ddinit.argument_types import count
+from tables import formats
 from training.run_folder import read_table
 
 PARTS = ("training", "validation")
@@ -89,7 +90,7 @@ def curve(trials: Sequence[Sequence[Dict[str, float]]], column: str) -> Curve:
                      if not np.isnan(row[column])} for rows in trials]
     common = sorted(set.intersection(*[set(values) for values in by_iteration]))
     pairs: List[Tuple[float, Optional[float]]] = [
-        results.mean_and_error([values[iteration] for values in by_iteration])
+        formats.mean_and_error([values[iteration] for values in by_iteration])
         for iteration in common]
     return Curve(np.array(common, np.int64), np.array([mean for mean, _ in pairs]),
                  np.array([error or 0.0 for _, error in pairs]), len(trials))

@@ -20,7 +20,7 @@ def write(rows: Sequence[Any], trials: Sequence[Dict[str, Any]], out: str,
     lines = [summary(row, trials) for row in rows]
     results.write_json(os.path.join(out, "study.json"), {
         **provenance, "rows": lines, "trials": trials})
-    results.write_csv(os.path.join(out, "study.csv"), COLUMNS,
+    formats.write_csv(os.path.join(out, "study.csv"), COLUMNS,
                       [[line[column] for column in COLUMNS] for line in lines])
     formats.write(os.path.join(out, "study.md"), markdown(lines))
     for table in TITLES:
@@ -41,7 +41,7 @@ def summary(row: Any, trials: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
             "trials": len(ended), "diverged": len(chosen) - len(ended), "paper_mAP": paper(row)}
     for part in ("validation", "test"):
         values = [100 * one[part + "_accuracy"] for one in ended]
-        mean, error = results.mean_and_error(values) if values else (None, None)
+        mean, error = formats.mean_and_error(values) if values else (None, None)
         line.update({part + "_accuracy": mean, part + "_standard_error": error})
     return line
 

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         path = os.path.join(arguments.out, name)
         formats.write(path + ".md", "\n\n".join([table.title + ".", *notes, formats.markdown(
             ["", *table.columns], grid(table, entries))]))
-        results.write_csv(path + ".csv", CSV_COLUMNS, [_csv_row(one) for one in entries])
+        formats.write_csv(path + ".csv", CSV_COLUMNS, [_csv_row(one) for one in entries])
 
 
 def entry(cell: Cell, places: Places) -> Entry:
@@ -101,7 +101,7 @@ def _text(one: Entry) -> str:
         return "%.1f / %s" % (one.cell.paper, one.note.split(":")[0])
     parts = []
     for measure, name in MEASURES.items():
-        mean, error = results.mean_and_error(one.trials[measure])
+        mean, error = formats.mean_and_error(one.trials[measure])
         parts.append("%.1f%s (%+.1f) %s" % (mean, "" if error is None else " ± %.1f" % error,
                                             mean - one.cell.paper, name))
     note = " [%s]" % one.note if one.note else ""
@@ -112,7 +112,7 @@ def _csv_row(one: Entry) -> List[Any]:
     numbers: List[Optional[float]] = []
     for measure in MEASURES:
         if one.trials:
-            mean, error = results.mean_and_error(one.trials[measure])
+            mean, error = formats.mean_and_error(one.trials[measure])
             numbers += [round(mean, 4), round(mean - one.cell.paper, 4),
                         None if error is None else round(error, 4)]
         else:

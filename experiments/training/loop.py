@@ -21,10 +21,11 @@ from google.protobuf import text_format
 from tqdm import tqdm
 
 from ddinit import files, results
-from ddinit.caffemodel import check_filled, load_weights
+from ddinit.caffemodel import load_weights
 from ddinit.net import copy_weights, use_device
 from ddinit.prototxt import build_net, caffe_messages, check_types, import_caffe, write_definition
 from training import curve, nets, run_folder
+from training.starts import check_filled
 
 LOG_SECONDS = 60  # between two lines of progress where there is no terminal
 

@@ -1,5 +1,6 @@
 """Declare the command-line options that all commands share that train or test a net."""
 import argparse
+import os
 
 from ddinit.argument_types import count, natural
 
@@ -34,3 +35,11 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
     """Add --seed, by default 0."""
     parser.add_argument("--seed", type=natural, default=0, metavar="N",
                         help="random seed (default: %(default)d)")
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add --workers, by default a core less than there are, up to 4."""
+    default = min(4, max(1, (os.cpu_count() or 1) - 1))
+    parser.add_argument("--workers", type=natural, default=default, metavar="N",
+                        help="processes that read images; 0: read between iterations (default "
+                             "%(default)d)")

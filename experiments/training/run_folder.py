@@ -18,6 +18,7 @@ from typing import Any, Dict, List, Optional
 
 from ddinit import results
 from ddinit.prototxt import caffe_messages
+from tables import formats
 
 KEPT_SNAPSHOTS = 2
 
@@ -142,7 +143,7 @@ class Table:
         self.columns: Optional[List[str]] = list(rows[0]) if rows else None
         self.last = rows[-1] if rows else {}
         if rows:
-            results.write_csv(path, list(rows[0]), [_cells(row.values()) for row in rows])
+            formats.write_csv(path, list(rows[0]), [_cells(row.values()) for row in rows])
         elif os.path.exists(path):
             os.unlink(path)
         self._file = open(path, "a", newline="", encoding="utf-8")

@@ -1,7 +1,7 @@
 """Make the weights that trainings start from: what fillers draw, and the definition of a file."""
-from typing import Any
+from typing import Any, Sequence
 
-from ddinit.caffemodel import check_filled, definition_beside
+from ddinit.caffemodel import definition_beside
 from ddinit.prototxt import build_net, image_layers, import_caffe, read_definition
 from training.nets import AFFINE, input_net, plain
 
@@ -31,6 +31,20 @@ def write_filled(net: str, output: str, method: str, seed: int) -> None:
     check_filled(whole, [layer.name for layer in whole.layer])
     import_caffe().set_random_seed(seed)
     build_net(whole).save(output)
+
+
+def check_filled(net: Any, names: Sequence[str]) -> None:
+    """Raise ValueError naming the first layer of `names` whose weights nothing sets.
+
+    Caffe would leave them 0, which no training leaves again.
+    """
+    for layer in net.layer:
+        parameters = {"Convolution": layer.convolution_param,
+                      "InnerProduct": layer.inner_product_param}.get(layer.type)
+        if parameters is not None and layer.name in names \
+                and not parameters.HasField("weight_filler"):
+            raise ValueError("layer '%s': neither the weights nor a weight_filler of the "
+                             "definition set it" % layer.name)
 
 
 def _set_fillers(parameters: Any, kind: str, method: str) -> None:

@@ -5,7 +5,7 @@ import os
 import cv2
 import numpy as np
 import pytest
-from initialised import (
+from initialized import (
     AFFINE,
     BODY,
     CONV,

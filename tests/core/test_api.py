@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from initialised import (
+from initialized import (
     AFFINE,
     BODY,
     CONV,

@@ -8,7 +8,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
-from initialised import (
+from initialized import (
     BODY,
     CONV,
     DATA,
@@ -378,7 +378,7 @@ def test_cpu_and_gpu_exclude_each_other(refused):
     assert "--gpu" in refused(TOY, "--gpu", "0")  # run() gives --cpu
 
 
-@pytest.mark.parametrize("flag", ["output", "--report", "--figure"])
+@pytest.mark.parametrize("flag", ["output", "--report"])
 def test_places_that_cannot_be_written_are_named_before_any_work(tmp_path, capsys, images, flag,
                                                                 monkeypatch):
     monkeypatch.setattr(processes, "in_child", lambda *_: pytest.fail("it worked all the same"))
@@ -451,15 +451,14 @@ def test_the_definition_is_never_overwritten(capsys, tmp_path, images):
     assert (tmp_path / "net.prototxt").read_text() == TOY
 
 
-@pytest.mark.parametrize("flag", ["--report", "--figure"])
-def test_no_file_of_a_command_is_written_over_another(refused, tmp_path, caffemodel, flag):
+def test_no_file_of_a_command_is_written_over_another(refused, tmp_path, caffemodel):
     path = tmp_path / "net.prototxt"
-    assert "net.prototxt would be written over" in refused(TOY, flag, str(path))
+    assert "net.prototxt would be written over" in refused(TOY, "--report", str(path))
     assert path.read_text() == TOY
-    assert "out.caffemodel would" in refused(TOY, flag, str(tmp_path / "out.caffemodel"))
-    assert "toy.caffemodel would" in refused(TOY, "-l", caffemodel, flag, caffemodel)
-    assert "both.png would" in refused(TOY, "--report", str(tmp_path / "both.png"), "--figure",
-                                       str(tmp_path / "both.png"))
+    assert "out.caffemodel would" in refused(TOY, "--report",
+                                               str(tmp_path / "out.caffemodel"))
+    assert "toy.caffemodel would" in refused(TOY, "-l", caffemodel, "--report",
+                                               caffemodel)
 
 
 def test_a_caffemodel_may_be_written_over_the_one_it_came_from(capsys, tmp_path, images, caffemodel,

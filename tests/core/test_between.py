@@ -518,7 +518,7 @@ def test_nothing_is_changed_where_scales_are_1():
     assert list(layers.values()) == list(upgrade(parsed(DATA + text)).layer)
 
 
-def test_statistics_of_batch_normalisation_follow_the_scale():
+def test_statistics_of_batch_normalization_follow_the_scale():
     working = working_net(DATA + conv("a", "data") + in_place("m", "BatchNorm", "a")
                           + fully("c", "a"), IMAGES)
     graph = ScaleGraph(working)

@@ -7,7 +7,6 @@ from toy_nets import parsed
 
 from ddinit.caffemodel import (
     check_bound,
-    check_filled,
     definition_beside,
     load_weights,
     mark,
@@ -270,14 +269,6 @@ def test_an_hdf5_file_that_is_cut_short_or_of_another_net_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="one.h5: none of its layers is one of the network's"):
         load_weights(net, str(one))
     assert same(before, numbers(net))
-
-
-def test_layers_that_nothing_fills_are_told_before_training():
-    definition = parsed(NET.replace('num_output: 4 weight_filler { type: "xavier" }',
-                                    "num_output: 4"))
-    check_filled(definition, ["conv", "one", "relu"])
-    with pytest.raises(ValueError, match="layer 'two': neither the weights nor a weight_filler"):
-        check_filled(definition, ["conv", "two"])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ from ddinit.images import (
 from ddinit.prototxt import Input, build_net, caffe_messages
 
 
-def save(path, colour, size=(10, 8)):
-    """An image of one colour (BGR) of size (width, height)."""
-    encoded = cv2.imencode(path.suffix, np.full(size[::-1] + (3,), colour, np.uint8))[1]
+def save(path, color, size=(10, 8)):
+    """An image of one color (BGR) of size (width, height)."""
+    encoded = cv2.imencode(path.suffix, np.full(size[::-1] + (3,), color, np.uint8))[1]
     with open(str(path), "wb") as file:  # OpenCV does not open names that are not UTF-8
         file.write(encoded.tobytes())
     return str(path)
@@ -221,7 +221,7 @@ def test_mean_images_are_read_from_either_format(tmp_path, form, shape):
     np.testing.assert_array_equal(found, image.reshape(found.shape))
 
 
-def test_a_mean_file_may_hold_a_colour_or_a_grey_image(tmp_path):
+def test_a_mean_file_may_hold_a_color_or_a_grey_image(tmp_path):
     for array, shape in ((np.array([1.0, 2, 3]), (3, 1, 1)), (np.ones((4, 5)), (1, 4, 5)),
                          (np.array([[[7.0]]]), (1, 1, 1))):
         np.save(str(tmp_path / "mean.npy"), array)
@@ -256,7 +256,7 @@ def test_a_mean_image_is_resized_to_the_nets(tmp_path):
         [0.5, 2.5, 4.5, 6.5], (4, 4)))
 
 
-def test_grey_nets_get_the_grey_of_a_colour_and_one_number_as_it_is():
+def test_grey_nets_get_the_grey_of_a_color_and_one_number_as_it_is():
     grey = 0.114 * 100 + 0.587 * 10 + 0.299 * 20
     np.testing.assert_allclose(mean_for((100, 10, 20), (1, 4, 4)).ravel(), grey, rtol=1e-5)
     np.testing.assert_allclose(mean_for(128, (1, 4, 4)).ravel(), 128)

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
-from initialised import (
+from initialized import (
     AFFINE,
     TOY,
     by_channel,
@@ -26,7 +26,7 @@ from initialised import (
 )
 
 import magic_init
-from ddinit import processes, rate_figure, results
+from ddinit import processes
 from ddinit.prototxt import caffe_messages
 from ddinit.weights import KINDS
 from ddinit.within import normalization
@@ -203,7 +203,7 @@ def test_neither_step_writes_the_baseline_and_its_rates(start):
 # Loading
 # ---------------------------------------------------------------------------------------------
 
-def test_layers_missing_in_the_loaded_caffemodel_are_initialised_and_no_others(start, tmp_path,
+def test_layers_missing_in_the_loaded_caffemodel_are_initialized_and_no_others(start, tmp_path,
                                                                              images):
     whole = start("--no-within", name="whole")
     part = remove_layers(whole.output, str(tmp_path / "part.caffemodel"), "fc4", "conv2")
@@ -217,7 +217,7 @@ def test_layers_missing_in_the_loaded_caffemodel_are_initialised_and_no_others(s
     normal(tmp_path / "net.prototxt", found.output, pixels(images), ("conv2", "fc4"))
 
 
-def test_zero_initialises_loaded_layers_too(start, tmp_path, images):
+def test_zero_initializes_loaded_layers_too(start, tmp_path, images):
     whole = start("--no-within", name="whole")
     found = start("-l", whole.output, "-z")
     assert {one["weights"] for one in found.report["layers"]} == {"gaussian"}
@@ -276,15 +276,15 @@ def test_images_may_be_named_in_many_ways(start, capsys, tmp_path, images, where
 
 @pytest.mark.parametrize("form", ["number", "npy", "binaryproto"])
 def test_the_mean_may_be_a_number_or_a_file(start, tmp_path, form):
-    colour = (90, 90, 90) if form == "number" else (10, 200, 30)
-    picture = np.broadcast_to(np.reshape(colour, (3, 1, 1)), (3, 20, 30)).astype(np.float32)
+    color = (90, 90, 90) if form == "number" else (10, 200, 30)
+    picture = np.broadcast_to(np.reshape(color, (3, 1, 1)), (3, 20, 30)).astype(np.float32)
     blob = caffe_messages().BlobProto(num=1, channels=3, height=20, width=30,
                                       data=picture.ravel())
     np.save(str(tmp_path / "mean.npy"), picture)
     (tmp_path / "mean.binaryproto").write_bytes(blob.SerializeToString())
     word = "90" if form == "number" else str(tmp_path / ("mean." + form))
     assert bytes_of(start("--mean", word).output) == bytes_of(
-        start("--mean", *map(str, colour), name="colour").output)
+        start("--mean", *map(str, color), name="color").output)
 
 
 def test_a_memory_limit_changes_no_bit_and_is_told(start):
@@ -344,24 +344,11 @@ def test_quiet_says_nothing(start):
     assert (found.status, found.out, found.err) == (0, "", "")
 
 
-def test_the_figure_is_a_png_that_can_be_drawn_again_from_the_report(start, tmp_path, capsys):
-    paths = [str(tmp_path / name) for name in ("one.png", "two.png", "out.json")]
-    assert start("-cs", "--figure", paths[0]).status == 0
-    assert bytes_of(paths[0])[:8] == b"\x89PNG\r\n\x1a\n"
-    height, width = cv2.imread(paths[0]).shape[:2]
-    assert width > height > 300
-    assert rate_figure.main([paths[2], paths[1]]) == 0
-    assert bytes_of(paths[0]) == bytes_of(paths[1])
-    results.write_json(paths[2], {"rows": []})
-    assert rate_figure.main([paths[2], paths[1]]) == 2
-    assert "not a report" in capsys.readouterr().err
-
-
 def test_bars_are_for_terminals(start):
     assert "%|" not in start("-cs").err
 
 
-def test_the_program_itself_initialises_caffenet_tiny_from_photographs(tmp_path):
+def test_the_program_itself_initializes_caffenet_tiny_from_photographs(tmp_path):
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     for name in ("astronaut", "coffee", "chelsea", "rocket"):

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import cv2
 import numpy as np
 import pytest
-from initialised import AFFINE, DATA, TOY, bytes_of, here, run, write_images
+from initialized import AFFINE, DATA, TOY, bytes_of, here, run, write_images
 from toy_nets import image_input, layer, working_net
 
 import magic_init
@@ -105,8 +105,8 @@ def test_a_page_holds_every_layer_and_what_was_measured(capsys, tmp_path, images
         assert (kind, weights) == ("InnerProduct" if "fc" in name else "Convolution", "gaussian")
         assert int(size.replace(",", "")) > 0
         assert (mean, std, variation) == (told[2], told[3], told[6])
-        assert float(before) == pytest.approx(float(told[4]), rel=0.01)
-        assert float(after) == pytest.approx(float(told[5]), rel=0.01)
+        assert float(before.replace(",", "")) == pytest.approx(float(told[4]), rel=0.01)
+        assert float(after.replace(",", "")) == pytest.approx(float(told[5]), rel=0.01)
     assert heads[0] == "layer" and "rate before" in heads and "rate after" in heads
     spread = re.search(r"([\d.e+]+) before, ([\d.e+]+) after$", found.out.strip().splitlines()[-1])
     assert spread.group(1) in read.text and spread.group(2) in read.text

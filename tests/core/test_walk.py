@@ -249,7 +249,7 @@ def test_layers_changed_on_the_way_need_no_second_pass(seed, images):
     """Normalise every convolution as Algorithm 1 does: plain passes then find it done."""
     working = working_net(random_graph(seed))
     store = BlobStore(5000)
-    normalised = []
+    normalized = []
     for stop in walk(working, store, BATCHES, AFFINE, put(images)):
         if stop.statistics is None or stop.layer.type == "Scale":
             continue
@@ -262,10 +262,10 @@ def test_layers_changed_on_the_way_need_no_second_pass(seed, images):
         stop.layer.blobs[1].data[...] = stop.layer.blobs[1].data * factor + shift
         for top in stop.layer.tops:
             store.change(top, factor, shift)
-        normalised.append(stop.layer.name)
+        normalized.append(stop.layer.name)
     outputs = forwarded(working, images)
-    assert normalised
-    for name in normalised:
+    assert normalized
+    for name in normalized:
         rows = by_channel(outputs[name])
         np.testing.assert_allclose(rows.mean(axis=1), 0.5, atol=2e-3)
         np.testing.assert_allclose(rows.var(axis=1), 1, rtol=5e-3)

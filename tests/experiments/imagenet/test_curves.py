@@ -10,6 +10,7 @@ import pytest
 import figure3
 from ddinit import results
 from imagenet import curves
+from tables import formats
 
 COLUMNS = ["iteration", "training_loss", "training_error", "validation_loss", "validation_error"]
 
@@ -17,7 +18,7 @@ COLUMNS = ["iteration", "training_loss", "training_error", "validation_loss", "v
 def write_run(folder, rows):
     """Write a run's curves.csv and return its folder's path."""
     folder.mkdir()
-    results.write_csv(str(folder / "curves.csv"), COLUMNS, rows)
+    formats.write_csv(str(folder / "curves.csv"), COLUMNS, rows)
     return str(folder)
 
 
@@ -97,6 +98,6 @@ def test_runs_that_are_not_there_are_errors(runs, change, message):
 def test_another_table_called_curves_is_an_error(tmp_path):
     folder = tmp_path / "voc"
     folder.mkdir()
-    results.write_csv(str(folder / "curves.csv"), ["iteration", "mAP"], [[0, 0.1]])
+    formats.write_csv(str(folder / "curves.csv"), ["iteration", "mAP"], [[0, 0.1]])
     with pytest.raises(ValueError, match="has no column training_loss"):
         curves.read_runs([str(folder)])

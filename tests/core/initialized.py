@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
 
 
 def write_images(folder: str, count: int, side: int = 24, seed: int = 0) -> str:
-    """Write PNGs of coloured blobs, as smooth as photographs; return the pattern for them."""
+    """Write PNGs of colored blobs, as smooth as photographs; return the pattern for them."""
     os.makedirs(folder, exist_ok=True)
     rng = np.random.default_rng(seed)
     for number in range(count):
