@@ -7,9 +7,11 @@
 #   docker run --rm -v "$PWD/photos:/data:ro" -v "$PWD/out:/output" magic_init \
 #     models/caffenet/deploy.prototxt /output/caffenet.caffemodel -d '/data/*.jpg' -t kmeans -cs
 #   docker run --rm magic_init python -m pytest
+#   docker run --rm --gpus all magic_init:gpu gpu-check
 #
 # What follows the image's name are arguments of magic-init, or a command if the first one is the
-# name of a program.
+# name of a program.  gpu-check compares what a GPU computes with what the CPU does
+# (experiments/gpu_check.py) and takes that script's options.
 #
 # Both cpu and gpu compile Caffe from Debian 11's source package (docker/build_caffe) for Python
 # 3.11 and numpy 1.24 of Debian 12.  When Debian 11 leaves the mirrors, its source package has to

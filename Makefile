@@ -1,5 +1,6 @@
 # make demo: initialise CaffeNet from photographs; make test: all tests; make bench: speed, memory
-# and quality.  Everything is installed into .venv and written below build/.
+# and quality; make gpu-check: whether a GPU computes what the CPU does.  Everything is installed
+# into .venv and written below build/.
 
 # Caffe's CPU wheel needs CPython 3.9 or 3.8; the shims that pyenv puts on PATH may not run.
 WORKING = import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 9), (3, 8)))
@@ -15,7 +16,7 @@ CONTRIB = 'opencv-contrib-python-headless>=4.4,<4.12'
 # Two processes take 0.6 times as long as one; a file's tests share what its fixtures make.
 PYTEST = -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests
 
-.PHONY: venv test lint oldest newest demo bench study workflow clean
+.PHONY: venv test lint oldest newest newest-venv gpu-check demo bench study workflow clean
 
 venv: .venv/installed
 
@@ -53,12 +54,18 @@ NEWEST ?= python3
 LIBRARIES = $(if $(CAFFE),LD_LIBRARY_PATH='$(wildcard $(abspath $(CAFFE))/usr/lib/*-linux-gnu)')
 FIND_CAFFE = import sys, importlib.util as u; sys.path += sys.argv[1:]; sys.exit(not u.find_spec("caffe"))
 
-newest:
-	@$(NEWEST) -c '$(FIND_CAFFE)' $(addsuffix /usr/lib/python3/dist-packages,$(CAFFE)) || { \
-	  echo "make newest: error: $(NEWEST) finds no caffe. Build one with docker/build_caffe in" \
-	  "Debian 12 and name its folder: make newest CAFFE=FOLDER" >&2; exit 2; }
-	docker/make_venv build/newest $(NEWEST) $(abspath $(CAFFE))
+newest: newest-venv
 	$(LIBRARIES) build/newest/bin/python $(PYTEST)
+
+# whether a GPU computes what the CPU does, with a pycaffe for CUDA that is found as for `newest`
+gpu-check: newest-venv
+	$(LIBRARIES) build/newest/bin/python experiments/gpu_check.py --out build/gpu_check.json
+
+newest-venv:
+	@$(NEWEST) -c '$(FIND_CAFFE)' $(addsuffix /usr/lib/python3/dist-packages,$(CAFFE)) || { \
+	  echo "make: error: $(NEWEST) finds no caffe. Build one with docker/build_caffe in Debian 12 and" \
+	  "name its folder: make $(or $(MAKECMDGOALS),newest) CAFFE=FOLDER" >&2; exit 2; }
+	docker/make_venv build/newest $(NEWEST) $(abspath $(CAFFE))
 
 demo: venv
 	$(RUN) data/photographs.py build/photographs

@@ -60,3 +60,14 @@ def test_the_entry_point_starts_a_program_or_magic_init(tmp_path, arguments, out
     program.chmod(0o755)
     done = run("entrypoint", *arguments, PATH="%s:%s" % (tmp_path, os.environ["PATH"]))
     assert (done.returncode, done.stdout, done.stderr) == (0, output, "")
+
+
+def test_the_entry_point_checks_a_gpu(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    python.chmod(0o755)
+    done = run("entrypoint", "gpu-check", "--out", "/output/a b.json",
+               PATH="%s:%s" % (tmp_path, os.environ["PATH"]))
+    script, *arguments = done.stdout.splitlines()
+    assert os.path.samefile(script, os.path.join(ROOT, "experiments", "gpu_check.py"))
+    assert (done.returncode, arguments) == (0, ["--out", "/output/a b.json"])

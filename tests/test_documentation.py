@@ -23,6 +23,7 @@ import yaml
 from scipy.io import savemat
 from shown_commands import ROOT, documents, python_examples, shown
 
+import gpu_check
 import magic_init
 from ddinit import processes
 from voc.folders import Voc
@@ -69,6 +70,7 @@ SHORTER = {
 READ_ONLY = {
     "data/fetch.py": "downloads gigabytes",
     "experiments/bench.py": "initializes three nets of full size",
+    "experiments/gpu_check.py": "needs a GPU; test_gpu_check.py compares the CPU with itself",
     "experiments/kinds_table.py": "measures 22 networks; test_kinds_table.py runs it on two",
     "experiments/study_curves.py": "trains nine nets; test_study_curves.py runs it in small",
     "experiments/study_detection.py": "trains six nets; test_study_detection.py runs it in small",
@@ -392,7 +394,7 @@ def _read_snakemake(found, monkeypatch):
     assert arguments.target and set(arguments.target) <= set(rules)
 
 
-def _read_docker(found, _):
+def _read_docker(found, monkeypatch):
     """No Docker here: the Dockerfile has what is built, and the program takes what it is given."""
     with open(os.path.join(ROOT, "Dockerfile"), encoding="utf-8") as file:
         text = file.read()
@@ -406,13 +408,16 @@ def _read_docker(found, _):
     assert found[0] == "run"
     rest = found[1:]
     while rest[0].startswith("-"):
-        assert rest[0] in ("--rm", "-v")
+        assert rest[0] in ("--rm", "-v", "--gpus")
         volume = rest[1].split(":")[1] if rest[0] == "-v" else "/data"
         assert '"%s"' % volume in text
-        del rest[:2 if rest[0] == "-v" else 1]
+        del rest[:1 if rest[0] == "--rm" else 2]
     assert rest[0].startswith("magic")
     if rest[1] == "python":
         assert rest[1:] == ["python", "-m", "pytest"]
+    elif rest[1] == "gpu-check":
+        monkeypatch.setattr(processes, "command_line", lambda *_: 0)
+        assert gpu_check.main(rest[2:]) == 0
     else:
         arguments = magic_init._parser().parse_args(rest[1:])
         assert os.path.isfile(os.path.join(ROOT, arguments.prototxt))

@@ -1,0 +1,1 @@
+"""Whether devices compute the same: what is measured on each of them, in a process of its own."""
