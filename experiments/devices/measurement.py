@@ -22,7 +22,7 @@ from training.nets import image_source_layer
 BATCH_SIZE, BATCHES, JUDGED = 16, 10, 4  # batches to initialize from, and others for the rates
 CLASSES = 6  # the generated photographs are crops of so many, in turn
 # At a rate at which the loss falls: otherwise the smallest differences grow from step to step.
-ITERATIONS, LEARNING_RATE = 20, 1e-5
+ITERATIONS, LEARNING_RATE = 20, 3e-6
 DISTURBANCE = 1.05
 
 
