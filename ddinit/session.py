@@ -246,9 +246,7 @@ def calibrate_session(session: Session, rng: np.random.Generator, keep_function:
         raise ValueError("the outputs of a net whose function is kept keep their scale: "
                          "output_std (--output-std) is for nets from scratch")
     if keep_function:
-        before = measure(session.working, session.batches, session.rate_batches(), rng,
-                         literal=options.literal)
-        done = rescale_exactly(session, before, rng, options)
+        done = rescale_exactly(session, rng, options)
     else:
         done = _calibrate_from_scratch(session, rng, options)
     _warn_of_rates_apart(done.after.by_layer())
@@ -262,9 +260,7 @@ def _calibrate_from_scratch(session: Session, rng: np.random.Generator,
     done = Calibration(before, session.judge(rng, options.literal, statistics), statistics)
     if options.alpha < 1 or spread(done.after.by_layer()) < APART:
         return done
-    rates = measure(session.working, session.batches, session.rate_batches(), rng,
-                    len(session.working.outputs) > 1, options.literal)
-    changed = rescale_exactly(session, rates, rng, options, from_scratch=True)
+    changed = rescale_exactly(session, rng, options, from_scratch=True)
     if not changed.changes:
         return done
     return changed._replace(before=before, difference=None)  # there was no function to keep
@@ -283,17 +279,17 @@ def _warn_of_rates_apart(rates: Dict[str, float]) -> None:
                     ", ".join("layer '%s'" % name for name in idle))
 
 
-def rescale_exactly(session: Session, rates: ChangeRates, rng: np.random.Generator,
-                    options: Options, from_scratch: bool = False) -> Calibration:
-    """Give blobs the scales that make `rates` equal, without changing the function.
+def rescale_exactly(session: Session, rng: np.random.Generator, options: Options,
+                    from_scratch: bool = False) -> Calibration:
+    """Give blobs the scales that make all change rates equal, without changing the function.
 
     The outputs on the batch held back are compared with those before, and rates are measured there,
     in a net of the changed definition where it has to change.  The session goes on with that.  A
     net from scratch stays as it is if it needs no auxiliary Power layer.
     """
-    working = session.working
-    graph = ScaleGraph(working) if not from_scratch else between.solve_from_scratch(
-        working, rates, between.output_std(working))[0]
+    rates = measure(session.working, session.batches, session.rate_batches(), rng,
+                    literal=options.literal)
+    graph = ScaleGraph(session.working)
     solution = between.solve(graph, rates, [one.layer.name for one in graph.affine])
     if from_scratch and not solution.auxiliary:
         return Calibration(rates, rates, {})
@@ -301,7 +297,7 @@ def rescale_exactly(session: Session, rates: ChangeRates, rng: np.random.Generat
     solution = solution._replace(log_scales=options.alpha * solution.log_scales)
     between.apply_to_weights(graph, solution.log_scales)
     definition, changes = rewritten(session.definition, graph, solution)
-    del working, graph  # so that the net can go
+    del graph  # so that the net can go
     if changes:
         session.rebuild(definition)
     difference = worst_difference(expected, _outputs(session))
