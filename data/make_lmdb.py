@@ -140,7 +140,7 @@ def make(entries: Sequence[Entry], out: str, root: str, settings: Dict[str, Any]
 
 def _list_hash(entries: Sequence[Entry]) -> str:
     text = "".join("%s %d\n" % (entry.path, entry.label) for entry in entries)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _in_stored_order(entries: Sequence[Entry], settings: Dict[str, Any]) -> List[Entry]:
@@ -253,7 +253,7 @@ def _encoder(root: str, settings: Dict[str, Any]) -> Callable[[Entry], Record]:
 
 
 def _key(place: int, path: str) -> bytes:
-    return (b"%08d_" % place + path.encode("utf-8"))[:LONGEST_KEY]
+    return (b"%08d_" % place + path.encode("utf-8", "surrogateescape"))[:LONGEST_KEY]
 
 
 def _place(key: bytes) -> int:

@@ -36,8 +36,6 @@ SHORTER = {
     "data/make_tiny.py": "",
     "data/make_voc_lmdb.py": "",
     "data/photographs.py": "--count 2",
-    "experiments/bench_loading.py":
-        "--net models/caffenet/deploy.prototxt --iterations 1 --workers 1",
     "experiments/classify_voc.py train": "--iterations 2 --batch-size 2 --workers 0 --cpu",
     "experiments/classify_voc.py test": "--crops 2 --workers 0 --cpu",
     "experiments/detect_voc.py train":
@@ -48,7 +46,7 @@ SHORTER = {
     "experiments/figure1.py": "--images 4 --cpu",
     "experiments/figure3.py": "",
     "experiments/figure4.py": "",
-    "experiments/initialise.py": "--images 8 --cpu",
+    "experiments/initialize.py": "--images 8 --cpu",
     "experiments/nearest_neighbours.py": "--workers 0 --cpu",
     "experiments/proposals.py": "--search-side 80 --processes 1",
     "experiments/study.py": "--config study.yaml --jobs 1",
@@ -67,7 +65,7 @@ SHORTER = {
 # Scripts that are not run here, and why.
 READ_ONLY = {
     "data/fetch.py": "downloads gigabytes",
-    "experiments/bench.py": "initialises three nets of full size",
+    "experiments/bench.py": "initializes three nets of full size",
     "experiments/kinds_table.py": "measures 22 networks; test_kinds_table.py runs it on two",
     "experiments/study_curves.py": "trains nine nets; test_study_curves.py runs it in small",
     "experiments/study_detection.py": "trains six nets; test_study_detection.py runs it in small",
