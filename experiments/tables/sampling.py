@@ -8,7 +8,7 @@ import numpy as np
 
 from ddinit import files
 from ddinit.argument_types import count, natural
-from neighbours.lists import read_paths
+from neighbours.pictures import read_paths
 from voc.folders import Voc
 
 
