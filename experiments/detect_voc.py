@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ddinit import argument_types, files, processes, results
 from ddinit.argument_types import count, positive
 from ddinit.caffemodel import check_filled, load_weights
-from ddinit.net import choose_device, use_device
+from ddinit.net import use_device
 from ddinit.prototxt import build_net, caffe_messages, read_definition
 from detection import batches, detections, nets, proposals
 from training import options, run_folder
@@ -211,13 +211,7 @@ def counts(classes: Sequence[str], objects: Sequence[Objects]) -> Dict[str, Any]
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train or test; return the exit status: 2 after an error, 130 or 143 after a signal."""
-    return processes.command_line(_run, parse(argv), "detect_voc.py")
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    gpu = choose_device(arguments.cpu, arguments.gpu)
-    function = run_training if arguments.command == "train" else run_test
-    return int(processes.in_child(function, arguments, gpu))
+    return processes.command_line(options.run, parse(argv), "detect_voc.py")
 
 
 def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -231,6 +225,7 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    parser.set_defaults(function=run_training)
     options.add_run(parser)
     _add_common(parser)
     add("--iterations", type=count, default=150000, metavar="N", help="default: %(default)d")
@@ -261,6 +256,7 @@ def _background_overlap(text: str) -> float:
 
 def _add_test(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    parser.set_defaults(function=run_test)
     options.add_trained(parser)
     _add_common(parser)
     add("--scales", type=count, default=600, metavar="PIXELS",
@@ -277,8 +273,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--voc", required=True, metavar="DIR",
                         help="VOC folder, such as VOCdevkit/VOC2007")
     proposals.add_arguments(parser)
-    argument_types.add_workers(parser)
-    argument_types.add_device(parser)
+    options.add_computing(parser)
 
 
 if __name__ == "__main__":

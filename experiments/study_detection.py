@@ -11,7 +11,6 @@ the command is given again, and others continue.
 import argparse
 import functools
 import os
-import shutil
 import sys
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -64,7 +63,6 @@ def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
     original = Voc(arguments.voc)
     os.makedirs(arguments.out, exist_ok=True)
     voc = lighter(original, os.path.join(arguments.out, "VOC2007"))
-    link_images(Voc(voc), os.path.join(arguments.out, "images"))
     runner = runs.runner()
     with runner.signals():
         status = runner.run(runs.script("proposals.py", voc, "trainval", "test", *SEARCH,
@@ -89,8 +87,8 @@ def trial(runner: trials.Runner, method: str, rate: float, seed: int, voc: str,
     definition, weights = NET, "none"
     if method != "reference":
         definition, weights = runs.initialized(
-            runner, os.path.join(arguments.out, "start", name), NET, "--method", method, "--data",
-            os.path.join(arguments.out, "images"), "--images", IMAGES, "--seed", seed)
+            runner, os.path.join(arguments.out, "start", name), NET, "--method", method, "--voc",
+            voc, "--images", IMAGES, "--seed", seed)
     data = ["--voc", voc, "--max-size", MAX_SIZE, *SEARCH, "--cache", arguments.cache, "--cpu"]
     folder = os.path.join(arguments.out, "trials", name)
     outcome = runs.trained(runner, folder, runs.script(
@@ -155,15 +153,6 @@ def lighter(voc: Voc, folder: str) -> str:
         with files.replacing(path) as temporary, open(temporary, "wb") as file:
             file.write(encoded.tobytes())
     return folder
-
-
-def link_images(voc: Voc, folder: str) -> None:
-    """Make a folder of links to the training images, without the test images."""
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
-    for image in voc.images("trainval"):
-        path = voc.image_path(image)
-        os.symlink(os.path.abspath(path), os.path.join(folder, os.path.basename(path)))
 
 
 if __name__ == "__main__":

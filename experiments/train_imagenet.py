@@ -23,10 +23,9 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from google.protobuf import text_format
 
-from ddinit import argument_types, files, processes, results
+from ddinit import files, processes, results
 from ddinit.argument_types import count, positive
 from ddinit.caffemodel import load_weights
-from ddinit.net import choose_device
 from ddinit.prototxt import build_net, caffe_messages, read_definition
 from imagenet import nets
 from imagenet.images import dataset_of
@@ -156,8 +155,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     _complete(arguments)
-    gpu = choose_device(arguments.cpu, arguments.gpu)
-    return int(processes.in_child(run_training, arguments, gpu))
+    return options.run(arguments)
 
 
 def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -187,8 +185,8 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help="iterations between two rows of curves.csv (default: that of the preset)")
     options.add_snapshots(parser, 10000)
     options.add_seed(parser)
-    argument_types.add_workers(parser)
-    argument_types.add_device(parser)
+    options.add_computing(parser)
+    parser.set_defaults(function=run_training)
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,9 @@
-"""Declare the command-line options that all commands share that train or test a net."""
+"""Declare and run what all commands share that train or test a net."""
 import argparse
 
+from ddinit import argument_types, processes
 from ddinit.argument_types import count, natural
+from ddinit.net import choose_device
 
 WRITTEN = "final.caffemodel, snapshots, log.csv, curve.png and run.json"
 
@@ -34,3 +36,15 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
     """Add --seed, by default 0."""
     parser.add_argument("--seed", type=natural, default=0, metavar="N",
                         help="random seed (default: %(default)d)")
+
+
+def add_computing(parser: argparse.ArgumentParser) -> None:
+    """Add --workers, --cpu and --gpu."""
+    argument_types.add_workers(parser)
+    argument_types.add_device(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Return the exit status of `arguments.function(arguments, gpu)`, run in a child process."""
+    gpu = choose_device(arguments.cpu, arguments.gpu)
+    return int(processes.in_child(arguments.function, arguments, gpu))

@@ -96,10 +96,10 @@ def test_training_values_are_means_of_the_last_classifier_since_the_row_before(r
         assert row["training_loss"] == pytest.approx(
             np.mean([one["final_loss"] for one in between]))
         assert row["training_error"] == pytest.approx(
-            np.mean([one["training_error"] for one in between]))
-    for one in log:  # the auxiliary loss counts 0.3 times, the error not at all
+            1 - np.mean([one["training_accuracy"] for one in between]))
+    for one in log:  # the auxiliary loss counts 0.3 times, the accuracy not at all
         assert one["loss"] == pytest.approx(one["final_loss"] + 0.3 * one["side/loss"], rel=1e-6)
-        assert round(one["training_error"] * 6, 5) in range(7)
+        assert round(one["training_accuracy"] * 6, 5) in range(7)
 
 
 def test_validation_is_what_caffes_own_layers_say(data, run):
