@@ -151,7 +151,7 @@ def run_test(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
 def detect(arguments: argparse.Namespace, voc: Voc) -> Scored:
     """Return what the net detects in the test images."""
     skeleton, net = _testing_net(arguments, len(voc.classes))
-    images, objects, found = _test_images(arguments, voc)
+    images, objects, proposed = _test_images(arguments, voc)
     sizes = [(item.width, item.height) for item in objects]
     feed = Prefetcher(batches.make_testing_images, (
         [voc.image_path(image) for image in images], sizes, arguments.scales,
@@ -167,7 +167,7 @@ def detect(arguments: argparse.Namespace, voc: Voc) -> Scored:
             (pixels,), (width, height) = feed.next(), sizes[number]
             scale = batches.scale_of(width, height, arguments.scales, arguments.max_size)
             scores, moved = detections.scored_rois(net, skeleton.image, skeleton.stride, pixels,
-                                                  scale, found[number])
+                                                  scale, proposed[number])
             if not (np.isfinite(scores).all() and np.isfinite(moved).all()):
                 raise ValueError("%s: the scores of image %s are not finite"
                                  % (arguments.weights, images[number]))
@@ -182,12 +182,12 @@ def _test_images(arguments: argparse.Namespace,
                  voc: Voc) -> Tuple[List[str], List[Objects], List[np.ndarray]]:
     """Return the images to score, their objects and their proposals, which fit each other."""
     split = voc.images(TEST_SPLIT)
-    found = proposals.load(voc, split, arguments, arguments.limit)
+    proposed = proposals.load(voc, split, arguments, arguments.limit)
     images = split[:arguments.limit]
     objects = [voc.objects(image) for image in images]
-    for image, item, rows in zip(images, objects, found):
+    for image, item, rows in zip(images, objects, proposed):
         batches.check_inside(rows, item.width, item.height, image)
-    return images, objects, found
+    return images, objects, proposed
 
 
 def _testing_net(arguments: argparse.Namespace, classes: int) -> Tuple[nets.Skeleton, Any]:

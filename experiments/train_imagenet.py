@@ -140,12 +140,12 @@ def test(arguments: argparse.Namespace) -> None:
     tested = scores(arguments, arguments.test)
     net = build_net(nets.validation_definition(tested.net))
     load_weights(net, os.path.join(arguments.folder, "final.caffemodel"))
-    found = tested.measure(net)
+    measured = tested.measure(net)
     tested.close()
     results.write_json(os.path.join(arguments.folder, "result.json"), {
-        "test_loss": found["loss"], "test_error": found["error"],
+        "test_loss": measured["loss"], "test_error": measured["error"],
         **results.provenance(arguments.seed)})
-    logging.info("test error %.4f", found["error"])
+    logging.info("test error %.4f", measured["error"])
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -171,13 +171,13 @@ def _last_pooling(layers: Sequence[Any]) -> int:
     if not places:
         raise ValueError("The net has no Pooling layer that ROI pooling could replace.")
     pooling = layers[places[-1]]
-    made = {pooling.top[0]}
+    computed = {pooling.top[0]}
     for layer in layers[places[-1] + 1:]:
-        past = [bottom for bottom in layer.bottom if bottom not in made]
+        past = [bottom for bottom in layer.bottom if bottom not in computed]
         if past:
             raise ValueError("Layer '%s' reads '%s', which bypasses the last pooling '%s', so that "
                              "ROI pooling cannot replace it." % (layer.name, past[0], pooling.name))
-        made.update(layer.top)
+        computed.update(layer.top)
     return places[-1]
 
 

@@ -35,8 +35,8 @@ def error_rate(scores: np.ndarray, labels: np.ndarray) -> float:
     NaN counts as an error.
     """
     rows = scores.reshape(len(scores), -1)
-    own = rows[np.arange(len(rows)), labels.reshape(-1).astype(np.int64)]
-    return float(1 - np.mean((rows.argmax(1) == labels.reshape(-1)) & np.isfinite(own)))
+    of_label = rows[np.arange(len(rows)), labels.reshape(-1).astype(np.int64)]
+    return float(1 - np.mean((rows.argmax(1) == labels.reshape(-1)) & np.isfinite(of_label)))
 
 
 def softmax_loss(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -44,8 +44,8 @@ def softmax_loss(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     rows = scores.reshape(len(scores), -1).astype(np.float64)
     with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN
         rows -= rows.max(axis=1, keepdims=True)
-    own = rows[np.arange(len(rows)), labels.reshape(-1).astype(np.int64)]
-    return np.log(np.exp(rows).sum(axis=1)) - own
+    of_label = rows[np.arange(len(rows)), labels.reshape(-1).astype(np.int64)]
+    return np.log(np.exp(rows).sum(axis=1)) - of_label
 
 
 def classifier(definition: Any, batch_size: int, classes: int, zero_last: bool = False,

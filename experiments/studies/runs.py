@@ -25,7 +25,7 @@ def initialized(run: trials.Runner, folder: str, net: str, *options: object) -> 
     Raises ValueError with what the command says where it fails.
     """
     weights = os.path.join(folder, "start.caffemodel")
-    made(run, folder, script("initialize.py", net, weights, *options, "--cpu"))
+    make_once(run, folder, script("initialize.py", net, weights, *options, "--cpu"))
     return definition_of(net, weights), weights
 
 
@@ -38,7 +38,7 @@ def trained(run: trials.Runner, folder: str, command: Sequence[str]) -> Dict[str
     return trials.outcome(folder)
 
 
-def made(run: trials.Runner, folder: str, command: Sequence[str]) -> None:
+def make_once(run: trials.Runner, folder: str, command: Sequence[str]) -> None:
     """Run a command that writes into a folder, unless it has.
 
     Raises ValueError with what the command says where it fails.

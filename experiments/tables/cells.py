@@ -154,12 +154,12 @@ CURVES: Dict[str, Dict[str, Curve]] = {
 class Places:
     """The paths of the files of runs, by a configuration (config.schema.yaml).
 
-    `made` are input files that the workflow itself makes, so that they are not missing.
+    `generated` are input files that the workflow itself makes, so that they are not missing.
     """
 
-    def __init__(self, config: Dict[str, Any], made: Sequence[str] = ()) -> None:
+    def __init__(self, config: Dict[str, Any], generated: Sequence[str] = ()) -> None:
         self.config = config
-        self.made = made
+        self.generated = generated
         self.root = config["output"]
 
     def start(self, net: str, method: str, scaling: str, seed: object) -> str:
@@ -229,4 +229,4 @@ class Places:
     def available(self, name: str) -> bool:
         """Return whether a pretrained caffemodel is there."""
         weights = self.config["pretrained"][name]["weights"]
-        return os.path.exists(weights) or weights in self.made
+        return os.path.exists(weights) or weights in self.generated

@@ -33,10 +33,10 @@ def run(arguments: argparse.Namespace) -> None:
     voc = Voc(arguments.voc)
     lists = os.path.join(arguments.out, "ImageSets", "Main")
     os.makedirs(lists, exist_ok=True)
-    found = {}
+    boxes_of = {}
     if arguments.proposals is not None:
         known = voc.images("trainval")
-        found = dict(zip(known, read_mat(arguments.proposals, known)))
+        boxes_of = dict(zip(known, read_mat(arguments.proposals, known)))
     for split, source in SPLITS.items():
         images, labels = voc.images(source), voc.labels(source)
         for name, column in zip(voc.classes, labels.T):
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
                 "%s %s\n" % pair for pair in zip(images, map(FLAGS.get, column))))
         if arguments.proposals is not None:
             _write_mat(os.path.join(arguments.out, split + ".mat"), images,
-                       [found[image] for image in images])
+                       [boxes_of[image] for image in images])
         formats.write(os.path.join(lists, split + ".txt"), "".join(
             image + "\n" for image in images))
     for name in ("JPEGImages", "Annotations"):
