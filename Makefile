@@ -1,4 +1,4 @@
-# make demo: initialise CaffeNet from photographs; make test: all tests; make bench: speed, memory
+# make demo: initialize CaffeNet from photographs; make test: all tests; make bench: speed, memory
 # and quality; make gpu-check: whether a GPU computes what the CPU does.  Everything is installed
 # into .venv and written below build/.
 
@@ -74,17 +74,14 @@ demo: venv
 	  --report build/caffenet.html
 	@echo "Look at build/caffenet.html: figure 1 of this net, its filters and its layers' rates."
 
-# other photographs: make bench PHOTOS='init/*' MEASURE='others/*' VOC=VOCdevkit/VOC2007
+# other photographs: make bench PHOTOS='init/*' MEASURE='others/*'
 PHOTOS ?= build/photographs/*
 MEASURE ?= build/photographs_to_measure/*
-VOC ?= build/tiny/data/VOC2007
 
 bench: venv
 	$(RUN) data/photographs.py build/photographs
 	$(RUN) data/photographs.py build/photographs_to_measure --count 60 --seed 1
 	$(RUN) experiments/bench.py --data '$(PHOTOS)' --measure '$(MEASURE)' --out build/bench.json
-	test -d build/tiny/data || $(RUN) data/make_tiny.py build/tiny/data
-	$(RUN) experiments/bench_loading.py classification --voc '$(VOC)' --cpu
 
 # tables 1 and 2 in small, on any small images with labels: make study DATA=file.npz
 DATA ?= cifar10_mini.npz

@@ -132,10 +132,10 @@ def convert(source_path: str, weights_path: str, target_path: str, output_path: 
     source, target = _net(source_path), _net(target_path)
     _load(source, weights_path)
     pairs, dropped = matched(source, target, options)
-    found = colours(source, target, options)
+    change = colours(source, target, options)
     for pair in pairs:
-        _fill(pair, found if pair.source.name in _first_layers(source) else None)
-    compared = differences(source, target, pairs, found)
+        _fill(pair, change if pair.source.name in _first_layers(source) else None)
+    compared = differences(source, target, pairs, change)
     wrong = [(name, value) for name, value in compared if not value <= LIMIT]
     if wrong and not options.force:
         raise ValueError("%s: layer '%s' computes something else than in %s (difference %.2g of "
@@ -145,7 +145,7 @@ def convert(source_path: str, weights_path: str, target_path: str, output_path: 
     _write(target, filled, output_path)
     missing = [layer.name for layer in target.layers
                if len(layer.blobs) and layer.name not in filled]
-    worst = max(compared, key=lambda one: one[1], default=None)
+    worst = max(compared, key=lambda item: item[1], default=None)
     return Report([_described(pair) for pair in pairs], dropped, missing, worst)
 
 
@@ -315,8 +315,8 @@ def with_folded(layer: NetLayer, arrays: List[np.ndarray],
                else parameters.convolution_param.num_output)
     weights = arrays[0]
     bias = arrays[1].reshape(-1) if len(arrays) > 1 else np.zeros(outputs)
-    for behind in folded:
-        factor, shift = channel_change(behind, outputs)
+    for later in folded:
+        factor, shift = channel_change(later, outputs)
         weights = weights * _over_outputs(layer, weights, factor)
         bias = bias * factor + shift
     return [weights, bias]
@@ -406,14 +406,14 @@ def colours(source: WorkingNet, target: WorkingNet, options: Options) -> Colours
     theirs = ours if options.mean is None else np.array(options.mean)
     if len(theirs) != depths[0]:
         raise ValueError("--mean: %d numbers for %d channels" % (len(theirs), depths[0]))
-    found = Colours(options.scale * matrix, options.scale * (ours - theirs))
-    if not np.array_equal(found.matrix, np.eye(depths[0])) or np.any(found.shift):
+    change = Colours(options.scale * matrix, options.scale * (ours - theirs))
+    if not np.array_equal(change.matrix, np.eye(depths[0])) or np.any(change.shift):
         for layer in source.layers:
             if layer.name in _first_layers(source) and layer.type not in DENSE + ("Split",):
                 raise ValueError("layer '%s' (%s) reads the image: only convolutions and fully "
                                  "connected layers can be converted to other colors, means and "
                                  "scales" % (layer.name, layer.type))
-    return found
+    return change
 
 
 # ---------------------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ def colours(source: WorkingNet, target: WorkingNet, options: Options) -> Colours
 # ---------------------------------------------------------------------------------------------
 
 def differences(source: WorkingNet, target: WorkingNet, pairs: Sequence[Pair],
-                found: Colours) -> List[Tuple[str, float]]:
+                change: Colours) -> List[Tuple[str, float]]:
     """Return for target layers, in order, max |target - source| / std(source) on random images.
 
     Left out is what depends on layers without weights, and maps of other sizes; nothing is left
@@ -431,10 +431,10 @@ def differences(source: WorkingNet, target: WorkingNet, pairs: Sequence[Pair],
     if size is None:
         return []
     rng = np.random.default_rng(0)
-    images = rng.uniform(-110, 140, (IMAGES, found.matrix.shape[1]) + size)
+    images = rng.uniform(-110, 140, (IMAGES, change.matrix.shape[1]) + size)
     wanted = {(pair.folded or [pair.source])[-1].position: pair.target.name for pair in pairs}
     theirs = {wanted[position]: blob for position, blob in _tops(
-        source, found.foreign(images), set(wanted))}
+        source, change.foreign(images), set(wanted))}
     comparable = {layer.position: layer.name for layer in _determined(target, set(theirs))}
     found_differences = []
     for position, ours in _tops(target, images, set(comparable)):

@@ -62,16 +62,16 @@ def _receive(url: str, part: str) -> bool:
     if start:
         headers["Range"] = "bytes=%d-" % start
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        said = response.headers.get("Content-Range", "")
+        content_range = response.headers.get("Content-Range", "")
         if start and response.status_code == requests.codes.requested_range_not_satisfiable:
-            if said == "bytes */%d" % start:
+            if content_range == "bytes */%d" % start:
                 return True
             os.unlink(part)  # longer than the file, so it was of another one
             return _receive(url, part)
         response.raise_for_status()
         if response.status_code != requests.codes.partial_content:
             start = 0  # the server sends the whole file
-        elif not said.startswith("bytes %d-" % start):
+        elif not content_range.startswith("bytes %d-" % start):
             raise DownloadError("the server sent another part than requested")
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)

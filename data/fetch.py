@@ -174,10 +174,10 @@ def _try(url: str, source: Source, folder: str) -> Optional[str]:
 
 def _verify(path: str, expected: str) -> None:
     algorithm, digits = expected.split(":")
-    found = pooch.file_hash(path, alg=algorithm)
-    if found != digits:
+    digest = pooch.file_hash(path, alg=algorithm)
+    if digest != digits:
         raise ValueError("%s: its %s is %s, not %s. Delete the file to download it again." % (
-            path, algorithm, found, digits))
+            path, algorithm, digest, digits))
 
 
 def _extract(archive: str, members: tarfile.TarFile, member: tarfile.TarInfo,

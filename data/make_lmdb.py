@@ -44,7 +44,7 @@ JPEG_QUALITY = 95
 LONGEST_KEY = 500  # LMDB allows 511 bytes
 
 
-Record = Union[bytes, memoryview]  # a serialised Datum
+Record = Union[bytes, memoryview]  # a serialized Datum
 
 
 class Entry(NamedTuple):
@@ -140,7 +140,7 @@ def make(entries: Sequence[Entry], out: str, root: str, settings: Dict[str, Any]
 
 def _list_hash(entries: Sequence[Entry]) -> str:
     text = "".join("%s %d\n" % (entry.path, entry.label) for entry in entries)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _in_stored_order(entries: Sequence[Entry], settings: Dict[str, Any]) -> List[Entry]:
@@ -157,12 +157,12 @@ def _finished(out: str, state: Dict[str, Any]) -> bool:
     if os.path.isdir(out) and os.listdir(out):
         if not os.path.exists(path):
             raise ValueError("%s: the folder has files that this program has not made" % out)
-        found = results.read_json(path)
+        earlier = results.read_json(path)
         for name in ("list_sha256", "settings"):
-            if found.get(name) != state[name]:
+            if earlier.get(name) != state[name]:
                 raise ValueError("%s: the database was made from another list or with other "
-                                 "options (%s). Remove it first." % (out, found.get("settings")))
-        return bool(found.get("complete"))
+                                 "options (%s). Remove it first." % (out, earlier.get("settings")))
+        return bool(earlier.get("complete"))
     os.makedirs(out, exist_ok=True)
     results.write_json(path, state)
     return False
@@ -253,7 +253,7 @@ def _encoder(root: str, settings: Dict[str, Any]) -> Callable[[Entry], Record]:
 
 
 def _key(place: int, path: str) -> bytes:
-    return (b"%08d_" % place + path.encode("utf-8"))[:LONGEST_KEY]
+    return (b"%08d_" % place + path.encode("utf-8", "surrogateescape"))[:LONGEST_KEY]
 
 
 def _place(key: bytes) -> int:

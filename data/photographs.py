@@ -44,9 +44,9 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def photographs() -> List[np.ndarray]:
     """Return the photographs (height, width, 3) in BGR."""
-    found = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(),
+    pictures = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(),
              skimage.data.rocket(), *sklearn.datasets.load_sample_images().images]
-    return [np.ascontiguousarray(image[:, :, ::-1]) for image in found]
+    return [np.ascontiguousarray(image[:, :, ::-1]) for image in pictures]
 
 
 def random_crop(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -3,7 +3,8 @@
     python experiments/bench.py --data 'photos/init/*' --measure 'photos/measure/*' --out bench.json
 
 Times are relative to F, the time of one Caffe forward of as many images as the command takes (160
-in batches of 16) in the same run. Change rates (equation 2) are measured on other photographs.
+in batches of 16) in the same run. Plain Caffe measures the change rates (equation 2) on other
+photographs.
 """
 import argparse
 import logging
@@ -16,16 +17,14 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from ddinit import argument_types, change_rates, files, processes, results
-from ddinit.caffemodel import load_weights
-from ddinit.images import ImageBatches, find_images
-from ddinit.net import open_net
-from ddinit.session import MEAN
+from ddinit import argument_types, files, processes, results
+from ddinit.images import find_images
+from plain_caffe import judge
 from training.starts import definition_of
 
 log = logging.getLogger("bench")
 MODELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models")
-BATCH_SIZE = 16
+BATCH_SIZE, BATCHES = 16, 10  # of the command
 
 
 class Case(NamedTuple):
@@ -51,8 +50,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--measure", required=True, metavar="GLOB",
                         help="other images, to measure change rates on")
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON file to write")
-    parser.add_argument("--cases", nargs="+", metavar="CASE", choices=[one.name for one in CASES],
-                        default=[one.name for one in CASES[:4]],
+    parser.add_argument("--cases", nargs="+", metavar="CASE", choices=[case.name for case in CASES],
+                        default=[case.name for case in CASES[:4]],
                         help="%(choices)s (default: the first four)")
     parser.add_argument("--seed", type=argument_types.natural, default=1,
                         help="random seed of the weights (default: %(default)d)")
@@ -66,12 +65,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Time the cases, each beside a forward of its net; write and print the table."""
     files.check_writable(arguments.out)
-    arguments.data, arguments.measure = (find_images(one) for one in (
-        arguments.data, arguments.measure))
+    arguments.data, arguments.measure = map(find_images, (arguments.data, arguments.measure))
     if arguments.draw:
-        images = arguments.data + arguments.measure
+        images, count = arguments.data + arguments.measure, len(arguments.data)
         order = np.random.default_rng(arguments.seed).permutation(len(images))
-        drawn, count = [images[number] for number in order], len(arguments.data)
+        drawn = [images[number] for number in order]
         arguments.data, arguments.measure = drawn[:count], drawn[count:]
     rows: List[Dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench.") as folder:
@@ -95,22 +93,25 @@ def time_case(case: Case, arguments: argparse.Namespace, folder: str) -> Dict[st
     net = os.path.join(MODELS, case.net, "deploy.prototxt")
     output = os.path.join(folder, case.name + ".caffemodel")
     report = os.path.join(folder, "report.json")
-    flags = [os.path.join(folder, flag + ".caffemodel") if flag in {one.name for one in CASES}
+    flags = [os.path.join(folder, flag + ".caffemodel") if flag in {case.name for case in CASES}
              else flag for flag in case.flags]
-    before = processes.in_child(forward_seconds, net, arguments.data)
+    images = arguments.data
+    before = processes.in_child(judge.forward_seconds, net, images, BATCH_SIZE, BATCHES)
     command = [sys.executable, os.path.join(os.path.dirname(MODELS), "magic_init.py"), net, output,
-               "-d", *arguments.data, "--report", report, "--quiet",
+               "-d", *images, "--report", report, "--quiet",
                "--seed", str(arguments.seed)] + flags
     started = time.perf_counter()
     peak = _run(command)
     seconds = time.perf_counter() - started
-    forward = min(before, processes.in_child(forward_seconds, net, arguments.data))
-    unseen = processes.in_child(unseen_spread, definition_of(net, output), output,
-                                arguments.measure)
-    found = results.read_json(report)
+    after = processes.in_child(judge.forward_seconds, net, images, BATCH_SIZE, BATCHES)
+    forward = min(before, after)
+    rates, _ = processes.in_child(judge.change_rates, definition_of(net, output), output,
+                                  arguments.measure)
+    content = results.read_json(report)
     return {"case": case.name, "seed": arguments.seed, "forward_seconds": forward,
             "seconds": seconds, "ratio": seconds / forward, "peak_mb": peak / 1e6,
-            "spread": found["spread_after"], "spread_unseen": unseen, "phases": found["seconds"]}
+            "spread": content["spread_after"], "spread_unseen": judge.spread_of(rates),
+            "phases": content["seconds"]}
 
 
 def _run(command: Sequence[str]) -> int:
@@ -119,31 +120,6 @@ def _run(command: Sequence[str]) -> int:
     if status:
         raise ValueError("The command has failed: %s" % " ".join(command))
     return 1024 * usage.ru_maxrss
-
-
-def forward_seconds(net: str, data: Sequence[str]) -> float:
-    """Return the seconds of one forward of 160 images in batches of 16, once warm; in a child."""
-    measured = open_net(net, BATCH_SIZE)
-    rng = np.random.default_rng(0)
-    for layer in measured.affine:
-        layer.weights[...] = rng.standard_normal(layer.weights.shape, np.float32) \
-            / np.sqrt(layer.weights[0].size)
-    images = ImageBatches(data[:BATCH_SIZE], measured.inputs[0], MEAN, 1.0)
-    measured.load(images, 0)
-    measured.forward()
-    started = time.perf_counter()
-    for _ in range(10):
-        measured.forward()
-    return time.perf_counter() - started
-
-
-def unseen_spread(net: str, weights: str, data: str) -> float:
-    """Return the largest over the smallest change rate on other images; in a child process."""
-    measured = open_net(net, 10)
-    load_weights(measured.net, weights)
-    images = ImageBatches(data, measured.inputs[0], MEAN, 1.0)
-    rates = change_rates.measure(measured, images, range(images.count), np.random.default_rng(0))
-    return change_rates.spread(rates.by_layer())
 
 
 if __name__ == "__main__":

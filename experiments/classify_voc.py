@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from classification import nets
 from classification.images import VocImages, make_crops_to_score
-from ddinit import argument_types, files, processes, results
+from ddinit import files, processes, results
 from ddinit.argument_types import count, positive
 from ddinit.caffemodel import load_weights
-from ddinit.net import choose_device, use_device
+from ddinit.net import use_device
 from ddinit.prototxt import build_net, caffe_messages, read_definition
 from training import options, run_folder
 from training.batches import Crops
@@ -153,13 +153,7 @@ def averaged_scores(caffe_net: Any, net: nets.Classifier, voc: Dict[str, str], i
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train or test; return the exit status: 2 after an error, 130 or 143 after a signal."""
-    return processes.command_line(_run, parse(argv), "classify_voc.py")
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    gpu = choose_device(arguments.cpu, arguments.gpu)
-    function = run_training if arguments.command == "train" else run_test
-    return int(processes.in_child(function, arguments, gpu))
+    return processes.command_line(options.run, parse(argv), "classify_voc.py")
 
 
 def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -173,6 +167,7 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    parser.set_defaults(function=run_training)
     options.add_run(parser)
     _add_common(parser)
     add("--iterations", type=count, default=80000, metavar="N", help="default: %(default)d")
@@ -186,6 +181,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_test(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(function=run_test)
     options.add_trained(parser)
     _add_common(parser)
     parser.add_argument("--crops", type=count, default=10, metavar="N",
@@ -197,8 +193,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--voc", required=True, metavar="DIR", help="VOC folder, such as "
                         "VOCdevkit/VOC2007, or an LMDB of data/make_voc_lmdb.py")
     options.add_seed(parser)
-    options.add_workers(parser)
-    argument_types.add_device(parser)
+    options.add_computing(parser)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ddinit import argument_types, files, processes, results
 from ddinit.argument_types import count, positive
 from ddinit.caffemodel import load_weights
-from ddinit.net import choose_device, use_device
+from ddinit.net import use_device
 from ddinit.prototxt import build_net, caffe_messages, read_definition
 from detection import batches, detections, nets, proposals
 from training import options, run_folder
@@ -152,7 +152,7 @@ def run_test(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
 def detect(arguments: argparse.Namespace, voc: Voc) -> Scored:
     """Return what the net detects in the test images."""
     skeleton, net = _testing_net(arguments, len(voc.classes))
-    images, objects, found = _test_images(arguments, voc)
+    images, objects, proposed = _test_images(arguments, voc)
     sizes = [(item.width, item.height) for item in objects]
     feed = Prefetcher(batches.make_testing_images, (
         [voc.image_path(image) for image in images], sizes, arguments.scales,
@@ -168,7 +168,7 @@ def detect(arguments: argparse.Namespace, voc: Voc) -> Scored:
             (pixels,), (width, height) = feed.next(), sizes[number]
             scale = batches.scale_of(width, height, arguments.scales, arguments.max_size)
             scores, moved = detections.scored_rois(net, skeleton.image, skeleton.stride, pixels,
-                                                  scale, found[number])
+                                                  scale, proposed[number])
             if not (np.isfinite(scores).all() and np.isfinite(moved).all()):
                 raise ValueError("%s: the scores of image %s are not finite"
                                  % (arguments.weights, images[number]))
@@ -183,12 +183,12 @@ def _test_images(arguments: argparse.Namespace,
                  voc: Voc) -> Tuple[List[str], List[Objects], List[np.ndarray]]:
     """Return the images to score, their objects and their proposals, which fit each other."""
     split = voc.images(TEST_SPLIT)
-    found = proposals.load(voc, split, arguments, arguments.limit)
+    proposed = proposals.load(voc, split, arguments, arguments.limit)
     images = split[:arguments.limit]
     objects = [voc.objects(image) for image in images]
-    for image, item, rows in zip(images, objects, found):
+    for image, item, rows in zip(images, objects, proposed):
         batches.check_inside(rows, item.width, item.height, image)
-    return images, objects, found
+    return images, objects, proposed
 
 
 def _testing_net(arguments: argparse.Namespace, classes: int) -> Tuple[nets.Skeleton, Any]:
@@ -212,13 +212,7 @@ def counts(classes: Sequence[str], objects: Sequence[Objects]) -> Dict[str, Any]
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train or test; return the exit status: 2 after an error, 130 or 143 after a signal."""
-    return processes.command_line(_run, parse(argv), "detect_voc.py")
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    gpu = choose_device(arguments.cpu, arguments.gpu)
-    function = run_training if arguments.command == "train" else run_test
-    return int(processes.in_child(function, arguments, gpu))
+    return processes.command_line(options.run, parse(argv), "detect_voc.py")
 
 
 def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -232,6 +226,7 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    parser.set_defaults(function=run_training)
     options.add_run(parser)
     _add_common(parser)
     add("--iterations", type=count, default=150000, metavar="N", help="default: %(default)d")
@@ -262,6 +257,7 @@ def _background_overlap(text: str) -> float:
 
 def _add_test(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    parser.set_defaults(function=run_test)
     options.add_trained(parser)
     _add_common(parser)
     add("--scales", type=count, default=600, metavar="PIXELS",
@@ -278,8 +274,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--voc", required=True, metavar="DIR",
                         help="VOC folder, such as VOCdevkit/VOC2007")
     proposals.add_arguments(parser)
-    options.add_workers(parser)
-    argument_types.add_device(parser)
+    options.add_computing(parser)
 
 
 if __name__ == "__main__":

@@ -86,22 +86,24 @@ def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
     order = np.random.default_rng(arguments.seed).permutation(len(paths))
     chosen = [paths[index] for index in np.sort(order[:wanted])]
     device = choose_device(arguments.cpu, arguments.gpu)
-    found = {name: processes.in_child(measure, arguments.net, weights, chosen, arguments.seed,
+    measured = {name: processes.in_child(measure, arguments.net, weights, chosen, arguments.seed,
                                       device) for name, weights in arguments.named}
-    print("\n".join(table(found)))
+    print("\n".join(table(measured)))
     if arguments.json is not None:
         results.write_json(arguments.json, {
             **results.provenance(arguments.seed, argv), "net": arguments.net,
             "data": arguments.data, "images": wanted,
-            "initializations": [{"name": name, "weights": weights, "spread": found[name].spread,
-                                 **found[name]._asdict()} for name, weights in arguments.named]})
+            "initializations": [{"name": name, "weights": weights, "spread": measured[name].spread,
+                                 **measured[name]._asdict()}
+                                for name, weights in arguments.named]})
     if arguments.figure is not None:
-        layers = list(found[names[0]].rates)
+        layers = list(measured[names[0]].rates)
         draw(
             arguments.figure, "%s, %d images" % (os.path.basename(os.path.dirname(
                 os.path.abspath(arguments.net))), wanted), layers,
-            {name: [one.rates[layer] for layer in layers] for name, one in found.items()},
-            {name: [one.variations[layer] for layer in layers] for name, one in found.items()})
+            {name: [curve.rates[layer] for layer in layers] for name, curve in measured.items()},
+            {name: [curve.variations[layer] for layer in layers]
+             for name, curve in measured.items()})
 
 
 def measure(net: str, weights: str, paths: Sequence[str], seed: int,
@@ -116,8 +118,9 @@ def measure(net: str, weights: str, paths: Sequence[str], seed: int,
     _load(working, net, weights, seed)
     images = ImageBatches(paths, working.inputs[0], MEAN, 1.0)
     with blas_threads(working):
-        found = change_rates.measure(working, images, range(batches), np.random.default_rng(seed))
-    return Rates(found.by_layer(), found.variation())
+        measured = change_rates.measure(working, images, range(batches),
+                                        np.random.default_rng(seed))
+    return Rates(measured.by_layer(), measured.variation())
 
 
 def _load(measured: WorkingNet, net: str, weights: str, seed: int) -> None:
@@ -132,18 +135,18 @@ def _load(measured: WorkingNet, net: str, weights: str, seed: int) -> None:
                          % (weights, left[0]))
 
 
-def table(found: Dict[str, Rates]) -> List[str]:
+def table(measured: Dict[str, Rates]) -> List[str]:
     """Return the lines to print: rates, and then variations, with a column for each name."""
-    layers = list(next(iter(found.values())).rates)
+    layers = list(next(iter(measured.values())).rates)
     width = max([len(layer) for layer in layers] + [len("max / min")])
-    columns = ["%%%ds" % max(10, len(name)) for name in found]
+    columns = ["%%%ds" % max(10, len(name)) for name in measured]
     form = "  ".join(["%%-%ds" % width, *columns])
-    lines = ["change rate", form % ("layer", *found)]
-    lines += [form % (layer, *["%.4g" % one.rates[layer] for one in found.values()])
+    lines = ["change rate", form % ("layer", *measured)]
+    lines += [form % (layer, *["%.4g" % curve.rates[layer] for curve in measured.values()])
               for layer in layers]
-    lines += [form % ("max / min", *["%.4g" % one.spread for one in found.values()]), "",
-              "coefficient of variation", form % ("layer", *found)]
-    lines += [form % (layer, *["%.3g" % one.variations[layer] for one in found.values()])
+    lines += [form % ("max / min", *["%.4g" % curve.spread for curve in measured.values()]), "",
+              "coefficient of variation", form % ("layer", *measured)]
+    lines += [form % (layer, *["%.3g" % curve.variations[layer] for curve in measured.values()])
               for layer in layers]
     return lines
 

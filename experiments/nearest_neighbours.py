@@ -18,10 +18,8 @@ import numpy as np
 from ddinit import argument_types, processes, results
 from ddinit.argument_types import count
 from ddinit.net import choose_device
-from neighbours import montage
-from neighbours.features import FeatureNet, cached_features
-from neighbours.lists import read_paths
-from neighbours.search import Neighbours, nearest
+from neighbours.features import FeatureNet, Neighbours, cached_features, nearest
+from neighbours.pictures import read_paths, write_montage
 from training import options
 from training.batches import MEAN
 
@@ -67,11 +65,11 @@ def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
     for name, weights in zip(names, arguments.weights):
         source = FeatureNet(arguments.net, weights, arguments.layer, arguments.batch_size,
                             arguments.mean, arguments.workers, gpu)
-        found = neighbours_of(source, queries, pool, arguments.k,
-                              os.path.join(arguments.out, "features"))
-        rows = described(queries, pool, found)
-        montage.write(os.path.join(arguments.out, name + ".png"), [
-            [row["query"], *[one["image"] for one in row["neighbours"]]] for row in rows])
+        neighbours = neighbours_of(source, queries, pool, arguments.k,
+                                   os.path.join(arguments.out, "features"))
+        rows = described(queries, pool, neighbours)
+        write_montage(os.path.join(arguments.out, name + ".png"), [
+            [row["query"], *[near["image"] for near in row["neighbours"]]] for row in rows])
         models[name] = {"weights": weights, "queries": rows}
         log.info("%s: %s", name, os.path.join(arguments.out, name + ".png"))
     results.write_json(os.path.join(arguments.out, "neighbours.json"), {
@@ -99,25 +97,22 @@ def neighbours_of(source: FeatureNet, queries: Sequence[str], pool: Sequence[str
 
     Raises ValueError naming a query that cannot be read.
     """
-    wanted = np.concatenate(cached_features(source, queries, cache))
-    for path, row in zip(queries, wanted):
+    features = cached_features(source, queries, cache)
+    for path, row in zip(queries, features):
         if np.isnan(row).any():
             raise ValueError("%s: this query has no feature, because the image is broken or the "
                              "net computes NaN" % path)
-    places: Dict[str, List[int]] = {path: [] for path in queries}
-    for place, path in enumerate(pool):
-        if path in places:
-            places[path].append(place)
-    own = [np.array(places[path], np.int64) for path in queries]
-    return nearest(wanted, cached_features(source, pool, cache), k, own)
+    paths = np.array(pool)
+    return nearest(features, cached_features(source, pool, cache), k,
+                   [np.flatnonzero(paths == path) for path in queries])
 
 
 def described(queries: Sequence[str], pool: Sequence[str],
-              found: Neighbours) -> List[Dict[str, Any]]:
+              neighbours: Neighbours) -> List[Dict[str, Any]]:
     """Return the path of each query, and the paths and similarities of its neighbors."""
     return [{"query": path, "neighbours": [
         {"image": pool[place], "cosine": float(cosine)} for place, cosine in zip(places, cosines)]}
-        for path, places, cosines in zip(queries, found.places, found.similarity)]
+        for path, places, cosines in zip(queries, neighbours.places, neighbours.similarity)]
 
 
 if __name__ == "__main__":

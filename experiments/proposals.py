@@ -27,7 +27,7 @@ def _run(arguments: argparse.Namespace) -> None:
     voc = Voc(arguments.voc)
     for split in arguments.splits:
         images = voc.images(split)
-        counts = [len(found) for found in proposals.load(voc, images, arguments)]
+        counts = [len(boxes) for boxes in proposals.load(voc, images, arguments)]
         print("%s: %d images with %d to %d proposals, %.0f on average"
               % (split, len(images), min(counts), max(counts), np.mean(counts)))
 

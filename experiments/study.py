@@ -163,8 +163,8 @@ def run_some(study: Study, wanted: Sequence[Any], jobs: int) -> List[Dict[str, A
     starts = {(row.name, SOLVER_COLUMNS[row.column][0], seed): row for row, _, seed in wanted}
     study.runner.all([functools.partial(start, study, row, net, seed)
                       for (_, net, seed), row in starts.items()], jobs, "initializations")
-    return study.runner.all([functools.partial(trial, study, *one) for one in wanted], jobs,
-                            "trials")
+    return study.runner.all([
+        functools.partial(trial, study, *arguments) for arguments in wanted], jobs, "trials")
 
 
 def trial(study: Study, row: Row, rate: float, seed: int) -> Dict[str, Any]:
@@ -183,15 +183,15 @@ def trial(study: Study, row: Row, rate: float, seed: int) -> Dict[str, Any]:
         "--solver", solver_file(study, solver, rate), "--batch-size", settings["batch_size"],
         "--validate-every", -(-study.iterations // settings["validations"]), "--seed", seed,
         "--snapshot", max(1, study.iterations // 4), "--workers", 0, "--cpu"))
-    found = {"row": row.name, "column": row.column, "learning_rate": rate, "seed": seed,
+    result = {"row": row.name, "column": row.column, "learning_rate": rate, "seed": seed,
              "folder": os.path.relpath(folder, study.out), "diverged": outcome.get("diverged"),
              "validation_accuracy": None, "test_accuracy": None}
     if "diverged" not in outcome:
         last = read_table(os.path.join(folder, "curves.csv"))[-1]
         test = results.read_json(os.path.join(folder, "result.json"))
-        found.update(validation_accuracy=1 - last["validation_error"],
+        result.update(validation_accuracy=1 - last["validation_error"],
                      test_accuracy=1 - test["test_error"])
-    return found
+    return result
 
 
 def start(study: Study, row: Row, net: str, seed: int) -> Sequence[str]:

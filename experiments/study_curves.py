@@ -76,10 +76,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
-    found = data.prepare(arguments.data, 0, 0, os.path.join(arguments.out, "data"), SIDE)
-    if found.classes > CLASSES:
+    loaded = data.prepare(arguments.data, 0, 0, os.path.join(arguments.out, "data"), SIDE)
+    if loaded.classes > CLASSES:
         raise ValueError("%s: there are %d classes, but the nets are for %d"
-                         % (arguments.data, found.classes, CLASSES))
+                         % (arguments.data, loaded.classes, CLASSES))
     for figure in SOLVERS:
         write_solver(figure, arguments)
     runner = runs.runner()
@@ -129,15 +129,15 @@ def report(trials: Sequence[Dict[str, Any]], arguments: argparse.Namespace,
     """
     rows: List[Dict[str, Any]] = []
     for figure in SOLVERS:
-        mine = [one for one in trials if one["figure"] == figure]
-        found = curves.read_runs([one["folder"] for one in mine], [one["name"] for one in mine])
-        spans = curves.spans_within(found, [arguments.iterations // 3])
+        mine = [run for run in trials if run["figure"] == figure]
+        loaded = curves.read_runs([run["folder"] for run in mine], [run["name"] for run in mine])
+        spans = curves.spans_within(loaded, [arguments.iterations // 3])
         for value in curves.VALUES:
-            curves.draw(found, value, spans[-1:],
+            curves.draw(loaded, value, spans[-1:],
                         os.path.join(arguments.out, "%s_%s.png" % (figure, value)))
-        lost = collections.Counter(one["name"] for one in mine if "diverged" in one)
+        lost = collections.Counter(run["name"] for run in mine if "diverged" in run)
         rows += [{"figure": figure, **row, "diverged": lost[row["name"]]}
-                 for row in curves.summary(found, spans)]
+                 for row in curves.summary(loaded, spans)]
     results.write_json(os.path.join(arguments.out, "curves.json"), {
         **results.provenance(None, argv), "rows": rows})
     formats.write_csv(os.path.join(arguments.out, "curves.csv"), list(rows[0]),

@@ -11,7 +11,6 @@ the command is given again, and others continue.
 import argparse
 import functools
 import os
-import shutil
 import sys
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -64,7 +63,6 @@ def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
     original = Voc(arguments.voc)
     os.makedirs(arguments.out, exist_ok=True)
     voc = lighter(original, os.path.join(arguments.out, "VOC2007"))
-    link_images(Voc(voc), os.path.join(arguments.out, "images"))
     runner = runs.runner()
     with runner.signals():
         status = runner.run(runs.script("proposals.py", voc, "trainval", "test", *SEARCH,
@@ -72,12 +70,12 @@ def _run(arguments: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
                                         arguments.jobs))
         if status:
             raise ValueError("The computation of proposals has failed.")
-        found = runner.all([functools.partial(trial, runner, method, rate, seed, voc, arguments)
+        measured = runner.all([functools.partial(trial, runner, method, rate, seed, voc, arguments)
                             for seed in range(arguments.seeds) for rate in arguments.lr
                             for method in METHODS], arguments.jobs, "trials")
     results.write_json(os.path.join(arguments.out, "study.json"), {
-        **results.provenance(None, argv), "trials": found})
-    text = table(found)
+        **results.provenance(None, argv), "trials": measured})
+    text = table(measured)
     formats.write(os.path.join(arguments.out, "study.md"), text)
     print(text, end="")
 
@@ -89,8 +87,8 @@ def trial(runner: trials.Runner, method: str, rate: float, seed: int, voc: str,
     definition, weights = NET, "none"
     if method != "reference":
         definition, weights = runs.initialized(
-            runner, os.path.join(arguments.out, "start", name), NET, "--method", method, "--data",
-            os.path.join(arguments.out, "images"), "--images", IMAGES, "--seed", seed)
+            runner, os.path.join(arguments.out, "start", name), NET, "--method", method, "--voc",
+            voc, "--images", IMAGES, "--seed", seed)
     data = ["--voc", voc, "--max-size", MAX_SIZE, *SEARCH, "--cache", arguments.cache, "--cpu"]
     folder = os.path.join(arguments.out, "trials", name)
     outcome = runs.trained(runner, folder, runs.script(
@@ -99,28 +97,28 @@ def trial(runner: trials.Runner, method: str, rate: float, seed: int, voc: str,
         "--step", max(arguments.iterations * 3 // 4, 1), "--scales", *SCALES,
         "--background-overlap", BACKGROUND_OVERLAP, "--seed", seed,
         "--snapshot", max(arguments.iterations // 4, 1)))
-    found = {"method": method, "learning_rate": rate, "seed": seed, **outcome}
+    measured = {"method": method, "learning_rate": rate, "seed": seed, **outcome}
     if "diverged" not in outcome:
         folder = os.path.join(arguments.out, "tests", name)
         result = os.path.join(folder, "result.json")
-        runs.made(runner, folder, runs.script(
+        runs.make_once(runner, folder, runs.script(
             "detect_voc.py", "test", definition,
             os.path.join(arguments.out, "trials", name, "final.caffemodel"), *data,
             "--scales", TEST_SCALE, "--out", result))
         content = results.read_json(result)
-        found.update({measure: content[measure] for measure in MEASURES})
-    return found
+        measured.update({measure: content[measure] for measure in MEASURES})
+    return measured
 
 
-def table(found: Sequence[Dict[str, Any]]) -> str:
+def table(measured: Sequence[Dict[str, Any]]) -> str:
     """Return the means and standard errors over seeds as a Markdown table."""
     rows = []
     for method, about in METHODS.items():
-        for rate in sorted({one["learning_rate"] for one in found}):
-            mine = [one for one in found
-                    if (one["method"], one["learning_rate"]) == (method, rate)]
-            ended = [one for one in mine if "diverged" not in one]
-            rows.append([about, "%g" % rate, *[_mean([one[measure] for one in ended])
+        for rate in sorted({record["learning_rate"] for record in measured}):
+            mine = [record for record in measured
+                    if (record["method"], record["learning_rate"]) == (method, rate)]
+            ended = [record for record in mine if "diverged" not in record]
+            rows.append([about, "%g" % rate, *[_mean([record[measure] for record in ended])
                                                for measure in MEASURES],
                          str(len(mine) - len(ended))])
     return formats.markdown(["initialization", "learning rate", *MEASURES.values(), "diverged"],
@@ -155,15 +153,6 @@ def lighter(voc: Voc, folder: str) -> str:
         with files.replacing(path) as temporary, open(temporary, "wb") as file:
             file.write(encoded.tobytes())
     return folder
-
-
-def link_images(voc: Voc, folder: str) -> None:
-    """Make a folder of links to the training images, without the test images."""
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
-    for image in voc.images("trainval"):
-        path = voc.image_path(image)
-        os.symlink(os.path.abspath(path), os.path.join(folder, os.path.basename(path)))
 
 
 if __name__ == "__main__":

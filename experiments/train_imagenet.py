@@ -23,10 +23,9 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from google.protobuf import text_format
 
-from ddinit import argument_types, files, processes, results
+from ddinit import files, processes, results
 from ddinit.argument_types import count, positive
 from ddinit.caffemodel import load_weights
-from ddinit.net import choose_device
 from ddinit.prototxt import build_net, caffe_messages, read_definition
 from imagenet import nets
 from imagenet.images import dataset_of
@@ -38,28 +37,20 @@ from training.nets import image_source_layer
 
 
 class Preset(NamedTuple):
-    """A solver of the paper, and what distinguishes the net that it is for."""
+    """A solver of the paper, and the batch size and interval of validation that belong to it."""
 
     solver: Dict[str, Any]
     batch_size: int
     validate_every: int
-    lrn: bool
-    outputs: int
 
 
-CAFFENET = Preset(
-    {"type": "SGD", "base_lr": 0.01, "lr_policy": "step", "gamma": 0.1, "stepsize": 100000,
-     "max_iter": 320000, "momentum": 0.9, "weight_decay": 5e-4},
-    256, 1000, lrn=True, outputs=1)
-GOOGLENET = Preset(
-    {"type": "SGD", "base_lr": 0.01, "lr_policy": "poly", "power": 0.5, "max_iter": 2400000,
-     "momentum": 0.9, "weight_decay": 2e-4},
-    32, 4000, lrn=True, outputs=3)
 PRESETS = {
-    "caffenet": CAFFENET,
-    "caffenet-nolrn": CAFFENET._replace(lrn=False),
-    "googlenet": GOOGLENET,
-    "googlenet-single": GOOGLENET._replace(outputs=1),
+    "caffenet": Preset(
+        {"type": "SGD", "base_lr": 0.01, "lr_policy": "step", "gamma": 0.1, "stepsize": 100000,
+         "max_iter": 320000, "momentum": 0.9, "weight_decay": 5e-4}, 256, 1000),
+    "googlenet": Preset(
+        {"type": "SGD", "base_lr": 0.01, "lr_policy": "poly", "power": 0.5, "max_iter": 2400000,
+         "momentum": 0.9, "weight_decay": 2e-4}, 32, 4000),
 }
 
 
@@ -77,11 +68,9 @@ def run_training(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
 
 
 def training_plan(arguments: argparse.Namespace, gpu: Optional[int], validation: Scores) -> Plan:
-    """Return the plan of a run. Raises ValueError where the net is not that of the preset."""
+    """Return the plan of a training run."""
     net = nets.classifier(read_definition(arguments.net), arguments.batch_size, arguments.classes,
                           arguments.zero_last)
-    if arguments.solver is None:
-        check_preset(net, arguments.preset, arguments.net)
     data = {"path": os.path.abspath(arguments.train), "classes": arguments.classes}
     source = image_source_layer("data", (net.image.blob, "label"), dataset_of(arguments.train),
                                 data, crops_of(net, arguments), arguments.batch_size,
@@ -118,18 +107,6 @@ def crops_of(net: nets.Classifier, arguments: argparse.Namespace) -> Crops:
     return Crops(height, width, min_scale=1.0, max_scale=1.0, mean=tuple(arguments.mean))
 
 
-def check_preset(net: nets.Classifier, name: str, path: str) -> None:
-    """Raise ValueError where a net is another variant than that of a preset."""
-    preset = PRESETS[name]
-    lrn = any(layer.type == "LRN" for layer in net.layers)
-    if lrn and not preset.lrn:
-        raise ValueError("%s has local response normalization. Preset %s is for a net without it, "
-                         "such as models/caffenet_nolrn." % (path, name))
-    if len(net.outputs) > 1 and preset.outputs == 1:
-        raise ValueError("%s has the classifiers %s. Preset %s is for a net with one classifier."
-                         % (path, ", ".join(net.outputs), name))
-
-
 def solver_of(arguments: argparse.Namespace) -> Any:
     """Return the SolverParameter of the preset or file, at the learning rate that was given."""
     solver = caffe_messages().SolverParameter(**PRESETS[arguments.preset].solver)
@@ -163,12 +140,12 @@ def test(arguments: argparse.Namespace) -> None:
     tested = scores(arguments, arguments.test)
     net = build_net(nets.validation_definition(tested.net))
     load_weights(net, os.path.join(arguments.folder, "final.caffemodel"))
-    found = tested.measure(net)
+    measured = tested.measure(net)
     tested.close()
     results.write_json(os.path.join(arguments.folder, "result.json"), {
-        "test_loss": found["loss"], "test_error": found["error"],
+        "test_loss": measured["loss"], "test_error": measured["error"],
         **results.provenance(arguments.seed)})
-    logging.info("test error %.4f", found["error"])
+    logging.info("test error %.4f", measured["error"])
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -178,8 +155,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     _complete(arguments)
-    gpu = choose_device(arguments.cpu, arguments.gpu)
-    return int(processes.in_child(run_training, arguments, gpu))
+    return options.run(arguments)
 
 
 def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -209,8 +185,8 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help="iterations between two rows of curves.csv (default: that of the preset)")
     options.add_snapshots(parser, 10000)
     options.add_seed(parser)
-    options.add_workers(parser)
-    argument_types.add_device(parser)
+    options.add_computing(parser)
+    parser.set_defaults(function=run_training)
     return parser.parse_args(argv)
 
 

@@ -68,7 +68,7 @@ STEPS: Dict[str, Tuple[str, Callable, Callable]] = {
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the step that the command line names; return the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
-    own, words = (given[:given.index("--")], given[given.index("--") + 1:]) \
+    options, words = (given[:given.index("--")], given[given.index("--") + 1:]) \
         if "--" in given else (given, [])
     parser = processes.Parser(prog="workflow.py", description=(__doc__ or "").splitlines()[0])
     steps = parser.add_subparsers(dest="step", required=True)
@@ -76,7 +76,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         form = " ".join(["%(prog)s FOLDER", "RESULT"][:1 + (name == "test")]) + " -- COMMAND" \
             if name in ("train", "test") else None
         add_arguments(steps.add_parser(name, help=about, usage=form))
-    arguments = parser.parse_args(own)
+    arguments = parser.parse_args(options)
     if bool(words) != (arguments.step in ("train", "test")):
         parser.error("train and test, and only these, take a command after --")
     arguments.words = words

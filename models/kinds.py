@@ -115,7 +115,7 @@ def sharing(message: Message, owner: str) -> Message:
 
 def vgg_trunk(widths: Sequence[int], depths: Sequence[int], pad: int = 1,
               weights: Optional[Message] = XAVIER) -> Layers:
-    """Return stages of 3x3 convolutions, each but the first behind a pooling.
+    """Return stages of 3x3 convolutions, each but the first after a pooling.
 
     `pad` is the padding of the first convolution.
     """
@@ -242,7 +242,7 @@ def googlenet() -> Layers:
 
 def nin() -> Layers:
     """Network in Network (Lin et al. 2014) for CIFAR-10 at a quarter of its width: 1x1
-    convolutions behind each convolution, and the average of the last maps as scores.
+    convolutions after each convolution, and the average of the last maps as scores.
     """
     layers: Layers = []
     bottom = "data"
@@ -597,7 +597,7 @@ def lstm() -> Layers:
         dense("fc6", "pool2", 64, weights=gaussian(0.04)),
         relu("relu6", "fc6"),
         reshape("frames", "fc6", 0, 1, -1),
-        # Markers that public definitions have as an input: 0 where a clip begins, 1 behind that.
+        # Markers that public definitions have as an input: 0 where a clip begins, 1 after that.
         layer("sums", "Reduction", "data", reduction_param={"axis": 1}),
         layer("cut", "Slice", "sums", ["first", "later"],
               slice_param={"axis": 0, "slice_point": 1}),

@@ -38,8 +38,6 @@ SHORTER = {
     "data/make_tiny.py": "",
     "data/make_voc_lmdb.py": "",
     "data/photographs.py": "--count 2",
-    "experiments/bench_loading.py":
-        "--net models/caffenet/deploy.prototxt --iterations 1 --workers 1",
     "experiments/classify_voc.py train": "--iterations 2 --batch-size 2 --workers 0 --cpu",
     "experiments/classify_voc.py test": "--crops 2 --workers 0 --cpu",
     "experiments/detect_voc.py train":
@@ -50,7 +48,7 @@ SHORTER = {
     "experiments/figure1.py": "--images 4 --cpu",
     "experiments/figure3.py": "",
     "experiments/figure4.py": "",
-    "experiments/initialise.py": "--images 8 --cpu",
+    "experiments/initialize.py": "--images 8 --cpu",
     "experiments/nearest_neighbours.py": "--workers 0 --cpu",
     "experiments/proposals.py": "--search-side 80 --processes 1",
     "experiments/study.py": "--config study.yaml --jobs 1",

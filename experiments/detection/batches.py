@@ -76,11 +76,11 @@ def collect(voc: Voc, images: Sequence[str], proposals: Sequence[np.ndarray]) ->
     if not kept:
         raise ValueError("%s: none of the %d images has an object that is not difficult"
                          % (voc.root, len(images)))
-    paths, objects, found = zip(*kept)
+    paths, objects, candidates = zip(*kept)
     sure = [~annotated.difficult for annotated in objects]
     return RoiTable(
         list(paths), np.array([(item.width, item.height) for item in objects]),
-        np.concatenate(found).astype(np.float32), _ends(found),
+        np.concatenate(candidates).astype(np.float32), _ends(candidates),
         np.concatenate([item.boxes[use] for item, use in zip(objects, sure)]).astype(np.float32),
         np.concatenate([item.classes[use] + 1 for item, use in zip(objects, sure)]),
         _ends([item.boxes[use] for item, use in zip(objects, sure)]))
@@ -103,8 +103,8 @@ def rois_of(table: RoiTable, index: int) -> Rois:
     """Return the ROIs of an image: its objects and its proposals."""
     rows = slice(table.object_ends[index], table.object_ends[index + 1])
     objects, classes = table.objects[rows].astype(np.float64), table.classes[rows]
-    found = table.proposals[table.proposal_ends[index]:table.proposal_ends[index + 1]]
-    rois = np.concatenate([objects, found.astype(np.float64)])
+    candidates = table.proposals[table.proposal_ends[index]:table.proposal_ends[index + 1]]
+    rois = np.concatenate([objects, candidates.astype(np.float64)])
     shared = overlaps(rois, objects)
     best = shared.argmax(axis=1)
     return Rois(rois, shared.max(axis=1), objects[best], classes[best])

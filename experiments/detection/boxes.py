@@ -6,11 +6,12 @@ in PASCAL VOC, so that it is x2 - x1 + 1 pixels wide.
 import math
 from typing import Any, Tuple
 
-import numba
+import cv2
 import numpy as np
 
 # A predicted box is at most this many times its ROI: exp() of an untrained net stays finite.
 LARGEST_GROWTH = 1000.0 / 16.0
+ROUNDING = 1e-6  # of overlaps, which OpenCV computes in float32
 
 
 def targets(rois: Any, truths: Any) -> np.ndarray:
@@ -58,8 +59,15 @@ def suppressed(boxes: Any, scores: Any, threshold: float) -> np.ndarray:
     A box is dropped if one that is kept has a higher score, or the same score and a lower index,
     and overlaps it by at least `threshold`.
     """
+    rows = as_boxes(boxes)
+    if not len(rows):
+        return np.zeros(0, np.int64)
     order = np.argsort(-np.asarray(scores), kind="stable")
-    return order[_greedy(np.ascontiguousarray(as_boxes(boxes)[order]), float(threshold))]
+    sized = np.hstack([rows[:, :2], rows[:, 2:] - rows[:, :2] + 1])[order]
+    # OpenCV keeps no box of score 0 and all that overlap by exactly the threshold.
+    ranks = np.arange(len(rows), 0, -1)
+    kept = cv2.dnn.NMSBoxes(sized.tolist(), ranks.tolist(), 0, threshold - ROUNDING)
+    return order[np.ravel(kept)]
 
 
 def distinct(rois: np.ndarray, spatial_scale: float) -> Tuple[np.ndarray, np.ndarray]:
@@ -70,10 +78,8 @@ def distinct(rois: np.ndarray, spatial_scale: float) -> Tuple[np.ndarray, np.nda
     """
     cells = rounded(rois[:, 1:] * spatial_scale)
     rows = np.hstack([rois[:, :1].astype(np.int64), cells])
-    low, high = rows.min(axis=0, initial=0), rows.max(axis=0, initial=0)
-    keys = np.ravel_multi_index(tuple((rows - low).T), tuple(high - low + 1))
-    _, index, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    return index, inverse
+    _, index, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    return index, inverse.ravel()
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
@@ -97,26 +103,3 @@ def as_boxes(boxes: Any) -> np.ndarray:
 def _centers_and_sizes(boxes: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
     sizes = boxes[:, 2:] - boxes[:, :2] + 1
     return boxes[:, :2] + 0.5 * sizes, sizes
-
-
-@numba.njit(cache=True)
-def _greedy(boxes: np.ndarray, threshold: float) -> np.ndarray:
-    """Return the indices of the boxes that are kept, of boxes sorted by falling score."""
-    count = len(boxes)
-    gone = np.zeros(count, np.bool_)
-    areas_of = (boxes[:, 2] - boxes[:, 0] + 1) * (boxes[:, 3] - boxes[:, 1] + 1)
-    kept = np.empty(count, np.int64)
-    found = 0
-    for i in range(count):
-        if gone[i]:
-            continue
-        kept[found] = i
-        found += 1
-        for j in range(i + 1, count):
-            width = min(boxes[i, 2], boxes[j, 2]) - max(boxes[i, 0], boxes[j, 0]) + 1
-            height = min(boxes[i, 3], boxes[j, 3]) - max(boxes[i, 1], boxes[j, 1]) + 1
-            if width > 0 and height > 0:
-                shared = width * height
-                if shared >= threshold * (areas_of[i] + areas_of[j] - shared):
-                    gone[j] = True
-    return kept[:found]

@@ -58,7 +58,7 @@ class Collected:
     def add(self, scores: np.ndarray, moved: np.ndarray, width: int, height: int) -> None:
         """Add the scores (n, classes + 1) and boxes (n, 4 (classes + 1)) of an image."""
         moved = boxes.clipped(moved, width, height).reshape(len(scores), -1, 4)
-        found = []
+        candidates = []
         for number, best in enumerate(self._best, 1):
             order = np.argsort(-scores[:, number], kind="stable")[:PER_IMAGE]
             order = order[scores[order, number] > self._threshold(best)]
@@ -66,19 +66,19 @@ class Collected:
                 heapq.heappush(best, score)
                 if len(best) > self._most:
                     heapq.heappop(best)
-            found.append((moved[order, number], scores[order, number]))
-        self._kept.append(found)
+            candidates.append((moved[order, number], scores[order, number]))
+        self._kept.append(candidates)
 
     def detections(self) -> List[Detections]:
         """Return the detections of each image after suppression; class 0 is the first class."""
-        return [self._suppressed(found) for found in self._kept]
+        return [self._suppressed(candidates) for candidates in self._kept]
 
     def _threshold(self, best: List[float]) -> float:
         return best[0] if len(best) == self._most else -np.inf
 
-    def _suppressed(self, found: Sequence[Tuple[np.ndarray, np.ndarray]]) -> Detections:
+    def _suppressed(self, candidates: Sequence[Tuple[np.ndarray, np.ndarray]]) -> Detections:
         parts = []
-        for number, ((rows, scores), best) in enumerate(zip(found, self._best)):
+        for number, ((rows, scores), best) in enumerate(zip(candidates, self._best)):
             sure = scores >= self._threshold(best)
             rows, scores = rows[sure], scores[sure]
             kept = boxes.suppressed(rows, scores, SUPPRESSION)
@@ -97,20 +97,20 @@ def write_comp4(folder: str, split: str, classes: Sequence[str], images: Sequenc
     for number, name in enumerate(classes):
         path = os.path.join(folder, "comp4_det_%s_%s.txt" % (split, name))
         with files.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            for image, found in zip(images, detections):
-                for row, score in zip(found.boxes[found.classes == number] + 1,
-                                      found.scores[found.classes == number]):
+            for image, candidates in zip(images, detections):
+                for row, score in zip(candidates.boxes[candidates.classes == number] + 1,
+                                      candidates.scores[candidates.classes == number]):
                     file.write("%s %.6f %.1f %.1f %.1f %.1f\n" % (image, score, *row))
 
 
 def draw(folder: str, voc: Voc, images: Sequence[str], detections: Sequence[Detections]) -> None:
     """Write each image as a JPEG, with its objects in white and detections from DRAWN_SCORE on."""
     os.makedirs(folder, exist_ok=True)
-    for image, found in zip(images, detections):
+    for image, candidates in zip(images, detections):
         truth = voc.objects(image)
         pixels = read_image(voc.image_path(image), truth.width, truth.height)
-        sure = found.scores >= DRAWN_SCORE
-        shown = Detections(found.boxes[sure], found.scores[sure], found.classes[sure])
+        sure = candidates.scores >= DRAWN_SCORE
+        shown = Detections(*[column[sure] for column in candidates])
         path = os.path.join(folder, image + ".jpg")
         with files.replacing(path) as temporary, open(temporary, "wb") as file:
             drawn = picture(pixels, shown, voc.classes, truth.boxes)

@@ -9,13 +9,7 @@ Fast R-CNN's own definition.
 import json
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
-from ddinit.prototxt import (
-    Input,
-    build_net,
-    caffe_messages,
-    image_layers,
-    output_blobs,
-)
+from ddinit.prototxt import Input, build_net, caffe_messages, image_layers, output_blobs
 from training.nets import AFFINE, input_net, needed_for, plain
 
 RATES = ((1.0, 1.0), (2.0, 0.0))  # lr_mult and decay_mult of weights and of biases
@@ -177,13 +171,13 @@ def _last_pooling(layers: Sequence[Any]) -> int:
     if not places:
         raise ValueError("The net has no Pooling layer that ROI pooling could replace.")
     pooling = layers[places[-1]]
-    made = {pooling.top[0]}
+    computed = {pooling.top[0]}
     for layer in layers[places[-1] + 1:]:
-        past = [bottom for bottom in layer.bottom if bottom not in made]
+        past = [bottom for bottom in layer.bottom if bottom not in computed]
         if past:
             raise ValueError("Layer '%s' reads '%s', which bypasses the last pooling '%s', so that "
                              "ROI pooling cannot replace it." % (layer.name, past[0], pooling.name))
-        made.update(layer.top)
+        computed.update(layer.top)
     return places[-1]
 
 
@@ -210,18 +204,17 @@ def _center(layer: Any) -> None:
 
 def _window(layer: Any, axis: int) -> Tuple[int, int, int]:
     """Return kernel size, stride and padding of a layer along the height (0) or width (1)."""
-    if layer.type == "Convolution":
-        dilation = list(layer.convolution_param.dilation) or [1]
-        kernel, stride, pad = [_pair(layer.convolution_param, name, default)[axis]
-                               for name, default in (("kernel_size", 1), ("stride", 1),
-                                                     ("pad", 0))]
-        return dilation[min(axis, len(dilation) - 1)] * (kernel - 1) + 1, stride, pad
-    if layer.type == "Pooling":
-        kernel, stride, pad = [_pair(layer.pooling_param, name, default)[axis]
-                               for name, default in (("kernel_size", 1), ("stride", 1),
-                                                     ("pad", 0))]
-        return kernel, stride, pad
-    return 1, 1, 0
+    if layer.type not in ("Convolution", "Pooling"):
+        return 1, 1, 0
+    parameters = _window_parameters(layer)
+    kernel, stride, pad = [_pair(parameters, name, default)[axis] for name, default in (
+        ("kernel_size", 1), ("stride", 1), ("pad", 0))]
+    dilation = list(getattr(parameters, "dilation", [])) or [1]
+    return dilation[min(axis, len(dilation) - 1)] * (kernel - 1) + 1, stride, pad
+
+
+def _window_parameters(layer: Any) -> Any:
+    return layer.convolution_param if layer.type == "Convolution" else layer.pooling_param
 
 
 def _pair(parameters: Any, name: str, default: int) -> Tuple[int, int]:
@@ -235,8 +228,7 @@ def _pair(parameters: Any, name: str, default: int) -> Tuple[int, int]:
 
 
 def _set_pad(layer: Any, axis: int, pad: int) -> None:
-    parameters = (layer.convolution_param if layer.type == "Convolution"
-                  else layer.pooling_param)
+    parameters = _window_parameters(layer)
     pads = list(_pair(parameters, "pad", 0))
     pads[axis] = pad
     parameters.ClearField("pad")

@@ -134,10 +134,10 @@ def compute(paths: Sequence[str], search: Search, cache: str,
                       unit="images", disable=None):
             pass
     for path in paths:
-        _, found = _cached(path, search, cache)
-        if found is None:
+        _, boxes = _cached(path, search, cache)
+        if boxes is None:
             raise ValueError("%s: the image has changed while its proposals were computed" % path)
-        yield found
+        yield boxes
 
 
 def find(image: np.ndarray, search: Search) -> np.ndarray:
@@ -188,11 +188,11 @@ def _search_file(path: str, search: Search, cache: str) -> None:
     image = cv2.imread(path)
     if image is None:
         raise ValueError("%s is not an image that OpenCV can read" % path)
-    found = find(image, search)
-    if not len(found):
+    boxes = find(image, search)
+    if not len(boxes):
         raise ValueError("%s: selective search finds no boxes in this image" % path)
     with files.replacing(target) as temporary, open(temporary, "wb") as file:
-        np.save(file, found)
+        np.save(file, boxes)
 
 
 def _cached(path: str, search: Search, cache: str) -> Tuple[str, Optional[np.ndarray]]:
@@ -214,10 +214,10 @@ def _cached(path: str, search: Search, cache: str) -> Tuple[str, Optional[np.nda
 def _saved(path: str) -> Optional[np.ndarray]:
     try:
         with open(path, "rb") as file:
-            found = np.load(io.BytesIO(file.read()), allow_pickle=False)
+            boxes = np.load(io.BytesIO(file.read()), allow_pickle=False)
     except (OSError, EOFError, ValueError):
         return None
-    return found if found.ndim == 2 and found.shape[1] == 4 and len(found) else None
+    return boxes if boxes.ndim == 2 and boxes.shape[1] == 4 and len(boxes) else None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

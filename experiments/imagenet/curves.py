@@ -109,8 +109,8 @@ def draw(runs: Runs, value: str, spans: Sequence[int], path: str) -> None:
     for column, part in enumerate(PARTS):
         curves = {name: curve(trials, "%s_%s" % (part, value)) for name, trials in runs.items()}
         for span, axis in zip(spans, axes[:, column]):
-            for name, one in curves.items():
-                _draw_curve(axis, name, one, span)
+            for name, averaged in curves.items():
+                _draw_curve(axis, name, averaged, span)
             axis.set_xlim(0, span)
             axis.set_xlabel("iteration")
             axis.set_ylabel("%s %s" % (part, value))
@@ -122,14 +122,14 @@ def draw(runs: Runs, value: str, spans: Sequence[int], path: str) -> None:
         figure.savefig(temporary, format="png", dpi=90)
 
 
-def _draw_curve(axis: Any, name: str, one: Curve, span: int) -> None:
-    shown = one.iterations <= span
-    label = name if one.trials == 1 else "%s (%d trials)" % (name, one.trials)
-    line, = axis.plot(one.iterations[shown], one.mean[shown], label=label, linewidth=1.2)
-    if one.trials > 1:
-        axis.fill_between(one.iterations[shown], (one.mean - one.error)[shown],
-                          (one.mean + one.error)[shown], color=line.get_color(), alpha=0.2,
-                          linewidth=0)
+def _draw_curve(axis: Any, name: str, averaged: Curve, span: int) -> None:
+    shown = averaged.iterations <= span
+    label = name if averaged.trials == 1 else "%s (%d trials)" % (name, averaged.trials)
+    line, = axis.plot(averaged.iterations[shown], averaged.mean[shown], label=label, linewidth=1.2)
+    if averaged.trials > 1:
+        axis.fill_between(averaged.iterations[shown], (averaged.mean - averaged.error)[shown],
+                          (averaged.mean + averaged.error)[shown], color=line.get_color(),
+                          alpha=0.2, linewidth=0)
 
 
 def summary(runs: Runs, spans: Sequence[int]) -> List[Dict[str, Any]]:
@@ -142,11 +142,11 @@ def summary(runs: Runs, spans: Sequence[int]) -> List[Dict[str, Any]]:
     for name, trials in runs.items():
         for span in spans:
             for column in ["%s_%s" % (part, value) for value in VALUES for part in PARTS]:
-                one = curve(trials, column)
-                place = int(np.searchsorted(one.iterations, span, side="right")) - 1
+                averaged = curve(trials, column)
+                place = int(np.searchsorted(averaged.iterations, span, side="right")) - 1
                 if place >= 0:
-                    rows.append({"name": name, "trials": one.trials, "value": column,
-                                 "iteration": int(one.iterations[place]),
-                                 "mean": float(one.mean[place]),
-                                 "error": float(one.error[place]) if one.trials > 1 else None})
+                    error = float(averaged.error[place]) if averaged.trials > 1 else None
+                    rows.append({"name": name, "trials": averaged.trials, "value": column,
+                                 "iteration": int(averaged.iterations[place]),
+                                 "mean": float(averaged.mean[place]), "error": error})
     return rows

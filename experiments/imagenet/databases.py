@@ -1,13 +1,12 @@
 """Read labeled images from an LMDB of Caffe's Datum messages, by their numbers."""
-import functools
 import os
-from typing import Any, Callable, Sequence, Tuple
+from typing import Any, Callable, Tuple
 
-import lmdb
 import numpy as np
 
 from ddinit.prototxt import caffe_messages
 from training.batches import decoded
+from training.databases import open_database
 
 
 class LmdbImages:
@@ -18,7 +17,11 @@ class LmdbImages:
 
     def __init__(self, path: str, classes: int) -> None:
         self._path = path
-        self._environment, self._keys = _opened(os.path.realpath(path))
+        self._environment = open_database(os.path.realpath(path))
+        with self._environment.begin() as transaction:
+            self._keys = list(transaction.cursor().iternext(keys=True, values=False))
+        if not self._keys:
+            raise ValueError("%s: the database is empty" % path)
         self._classes = classes
         self._last: Tuple[int, Any] = (-1, None)  # an image is read first, and then its label
         self.labels = _Labels(len(self._keys), self._label)
@@ -69,23 +72,3 @@ class _Labels:
 
     def __getitem__(self, index: int) -> np.float32:
         return np.float32(self._label(index))
-
-
-@functools.lru_cache(maxsize=None)
-def _opened(path: str) -> Tuple[lmdb.Environment, Sequence[bytes]]:
-    """Return the open database, of which LMDB allows one in each process, and its keys.
-
-    Raises ValueError where there is no database, or an empty one.
-    """
-    if not os.path.isfile(os.path.join(path, "data.mdb")):
-        raise ValueError("%s: not an LMDB, because there is no data.mdb in it" % path)
-    try:
-        # No lock file: the folder may be read-only, and nobody writes while we read.
-        environment = lmdb.open(path, readonly=True, lock=False, readahead=False)
-    except lmdb.Error as error:
-        raise ValueError("%s: not an LMDB (%s)" % (path, error)) from error
-    with environment.begin() as transaction:
-        keys = list(transaction.cursor().iternext(keys=True, values=False))
-    if not keys:
-        raise ValueError("%s: the database is empty" % path)
-    return environment, keys

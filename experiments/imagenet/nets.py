@@ -1,7 +1,8 @@
 """Build nets that classify into one of many classes from any definition (section 4.5).
 
 What feeds a definition and what scores it is taken off. Every output gets a softmax loss; those
-before the last count 0.3 times (Szegedy et al. 2015). The training error is computed beside them.
+before the last count 0.3 times (Szegedy et al. 2015). The training accuracy is computed beside
+them.
 """
 from typing import Any, List, NamedTuple
 
@@ -11,9 +12,7 @@ from ddinit.prototxt import Input, caffe_messages, image_layers, output_blobs
 from training.nets import AFFINE, input_net, needed_for, plain, use_batch_statistics
 
 AUXILIARY_WEIGHT = 0.3
-FINAL_LOSS, ERROR = "final_loss", "training_error"
-# The training loop logs what has a loss weight. This one is too small to change the loss.
-LOGGED_ONLY = 1e-30
+FINAL_LOSS, ACCURACY = "final_loss", "training_accuracy"
 
 
 class Classifier(NamedTuple):
@@ -36,8 +35,8 @@ def error_rate(scores: np.ndarray, labels: np.ndarray) -> float:
     NaN counts as an error.
     """
     rows = scores.reshape(len(scores), -1)
-    own = rows[np.arange(len(rows)), labels.reshape(-1).astype(np.int64)]
-    return float(1 - np.mean((rows.argmax(1) == labels.reshape(-1)) & np.isfinite(own)))
+    of_label = rows[np.arange(len(rows)), labels.reshape(-1).astype(np.int64)]
+    return float(1 - np.mean((rows.argmax(1) == labels.reshape(-1)) & np.isfinite(of_label)))
 
 
 def softmax_loss(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -45,8 +44,8 @@ def softmax_loss(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     rows = scores.reshape(len(scores), -1).astype(np.float64)
     with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN
         rows -= rows.max(axis=1, keepdims=True)
-    own = rows[np.arange(len(rows)), labels.reshape(-1).astype(np.int64)]
-    return np.log(np.exp(rows).sum(axis=1)) - own
+    of_label = rows[np.arange(len(rows)), labels.reshape(-1).astype(np.int64)]
+    return np.log(np.exp(rows).sum(axis=1)) - of_label
 
 
 def classifier(definition: Any, batch_size: int, classes: int, zero_last: bool = False,
@@ -80,18 +79,16 @@ def classifier(definition: Any, batch_size: int, classes: int, zero_last: bool =
 def training_definition(net: Classifier, source: Any) -> Any:
     """Return the NetParameter that trains `net` on a source with tops (images, labels).
 
-    The loss of the last output is called FINAL_LOSS, and its error on the batch ERROR.
+    The loss of the last output is called FINAL_LOSS, and its accuracy on the batch ACCURACY.
     """
     label = source.top[1]
     scores = net.outputs[-1]
     losses = [_loss(output, output + "/loss", label, AUXILIARY_WEIGHT)
               for output in net.outputs[:-1]]
     losses.append(_loss(scores, FINAL_LOSS, label, 1.0))
-    error = caffe_messages().LayerParameter(name=ERROR, type="Python", bottom=[scores, label],
-                                            top=[ERROR], loss_weight=[LOGGED_ONLY])
-    error.python_param.module = "imagenet.top_one_error"
-    error.python_param.layer = "TopOneError"
-    whole = caffe_messages().NetParameter(layer=[source, *net.layers, *losses, error])
+    accuracy = caffe_messages().LayerParameter(name=ACCURACY, type="Accuracy",
+                                               bottom=[scores, label], top=[ACCURACY])
+    whole = caffe_messages().NetParameter(layer=[source, *net.layers, *losses, accuracy])
     use_batch_statistics(whole)
     return whole
 

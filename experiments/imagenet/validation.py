@@ -54,6 +54,6 @@ class Scores:
 
 def training_means(rows: Sequence[Dict[str, float]]) -> Dict[str, float]:
     """Return the means of loss and error over rows of log.csv, NaN where there is none."""
-    return {"training_" + name: float(np.mean([row[column] for row in rows])) if rows
-            else float("nan") for name, column in (("loss", nets.FINAL_LOSS),
-                                                   ("error", nets.ERROR))}
+    loss, accuracy = [float(np.mean([row[name] for row in rows])) if rows else float("nan")
+                      for name in (nets.FINAL_LOSS, nets.ACCURACY)]
+    return {"training_loss": loss, "training_error": 1 - accuracy}

@@ -1,17 +1,17 @@
-"""Compute features of images in batches, and keep them on the disk (figure 2).
+"""Compute the features of images, and search among them (figure 2).
 
-A feature is the content of a blob after a forward pass in the TEST phase, as one row of numbers.
-The rows of a list of images are in files of some thousand rows, so that they may exceed the memory,
-and a run that was killed continues with the file it was at.
+A feature is the content of a blob after a forward pass in the TEST phase, as a row of numbers. The
+rows of a list of images are kept in a file, so that they are computed only once.
 """
 import hashlib
 import json
 import os
 import threading
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import cv2
 import numpy as np
+from sklearn.neighbors import NearestNeighbors
 from tqdm import tqdm
 
 from ddinit import files, processes
@@ -23,7 +23,6 @@ from training.batches import MEAN
 from training.prefetch import Batch, Prefetcher
 from training.run_folder import sha256
 
-PART_ROWS = 4096
 BROKEN_PART = 0.01  # of a list; more broken images, and more than ten, are an error
 
 
@@ -39,39 +38,62 @@ class FeatureNet(NamedTuple):
     gpu: Optional[int] = None
 
 
-def cached_features(source: FeatureNet, images: Sequence[str], cache: str) -> List[np.ndarray]:
-    """Return the features of images in their order, as memory-mapped parts float32 (rows, d).
+class Neighbours(NamedTuple):
+    """The neighbors of each query, the nearest first.
 
-    What is not in `cache` is computed. The row of an image that cannot be read is NaN. Raises
-    ValueError naming a wrong layer or file, and where too many images are broken.
+    places       (queries, k), indices into the pool
+    similarity   (queries, k), cosines
     """
-    folder = os.path.join(cache, _key(source, images))
-    os.makedirs(folder, exist_ok=True)
-    paths = [os.path.join(folder, "part_%05d.npy" % number)
-             for number in range(-(-len(images) // _rows(source)))]
-    missing = [number for number, path in enumerate(paths) if not os.path.exists(path)]
-    if missing:
-        processes.in_child(_compute, source, list(images), paths, missing[0])
-    return [np.load(path, mmap_mode="r") for path in paths]
+
+    places: np.ndarray
+    similarity: np.ndarray
 
 
-def _rows(source: FeatureNet) -> int:
-    """Return the number of rows of a part, which is whole batches."""
-    return max(1, PART_ROWS // source.batch_size) * source.batch_size
+def nearest(queries: np.ndarray, pool: np.ndarray, k: int,
+            excluded: Sequence[np.ndarray]) -> Neighbours:
+    """Return the k rows of the pool (n, d) with the largest cosine for each query (queries, d).
+
+    The indices `excluded` of each query do not count, and neither does a row with NaN. Raises
+    ValueError where fewer rows remain than are asked for.
+    """
+    readable = np.flatnonzero(~np.isnan(pool).any(axis=1))
+    wanted = min(k + max(len(indices) for indices in excluded), len(readable))
+    search = NearestNeighbors(n_neighbors=max(wanted, 1), metric="cosine", algorithm="brute")
+    distances, rows = search.fit(pool[readable]).kneighbors(queries) \
+        if wanted else (np.empty((len(queries), 0)), np.empty((len(queries), 0), int))
+    places = readable[rows]
+    kept = [np.flatnonzero(~np.isin(row, indices))[:k] for row, indices in zip(places, excluded)]
+    for query, columns in enumerate(kept):
+        if len(columns) < k:
+            raise ValueError("Query %d: the pool has fewer than %d other images that can be read."
+                             % (query, k))
+    return Neighbours(np.take_along_axis(places, np.array(kept), 1),
+                      1 - np.take_along_axis(distances, np.array(kept), 1))
+
+
+def cached_features(source: FeatureNet, images: Sequence[str], cache: str) -> np.ndarray:
+    """Return the features of images in their order, memory-mapped, float32 (images, d).
+
+    They are computed where the folder `cache` does not have them. The row of an image that cannot
+    be read is NaN. Raises ValueError naming a wrong layer or file, and where too many images are
+    broken.
+    """
+    os.makedirs(cache, exist_ok=True)
+    path = os.path.join(cache, _key(source, images) + ".npy")
+    if not os.path.exists(path):
+        processes.in_child(_compute, source, list(images), path)
+    features: np.ndarray = np.load(path, mmap_mode="r")
+    return features
 
 
 def _key(source: FeatureNet, images: Sequence[str]) -> str:
     """Return a name from all that features depend on: weights, definition, layer and images."""
-    files = []
+    statuses = []
     for path in images:
-        try:
-            status = os.stat(path)
-        except OSError:  # reported when it is read
-            files.append((os.path.abspath(path), 0, 0))
-        else:
-            files.append((os.path.abspath(path), status.st_size, status.st_mtime_ns))
+        status = os.stat(path) if os.path.exists(path) else None  # reported when it is read
+        statuses.append((os.path.abspath(path), status and (status.st_size, status.st_mtime_ns)))
     text = json.dumps([sha256(source.weights), sha256(source.net), source.layer,
-                       list(source.mean), _rows(source), files])
+                       list(source.mean), statuses])
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:20]
 
 
@@ -84,21 +106,22 @@ def feature_definition(path: str, layer: str, batch_size: int) -> Any:
     layers, image = image_layers(read_definition(path), batch_size)
     assert image is not None  # because batch_size asks for one
     working = working_definition(layers, [image])
-    last = [number for number, one in enumerate(working.layer) if layer in one.top]
+    last = [number for number, writer in enumerate(working.layer) if layer in writer.top]
     if not last or layer == image.blob:
-        blobs = dict.fromkeys(top for one in working.layer for top in one.top if top != image.blob)
+        blobs = dict.fromkeys(top for writer in working.layer for top in writer.top
+                              if top != image.blob)
         raise ValueError("%s: the net has no blob '%s' to take features from. It has %s."
                          % (path, layer, ", ".join(blobs)))
     del working.layer[last[-1] + 1:]
-    for one in working.layer:
-        one.ClearField("loss_weight")
+    for kept in working.layer:
+        kept.ClearField("loss_weight")
     return working, image
 
 
-def _compute(source: FeatureNet, images: Sequence[str], paths: Sequence[str], first: int) -> None:
-    """Write the parts from number `first` on."""
+def _compute(source: FeatureNet, images: Sequence[str], path: str) -> None:
+    """Write the features of images; it runs in a child process."""
     processes.log_to_stderr()
-    tqdm.set_lock(threading.RLock())
+    tqdm.set_lock(threading.RLock())  # its default, a semaphore, outlives a process that aborts
     use_device(source.gpu)
     definition, image = feature_definition(source.net, source.layer, source.batch_size)
     if image.shape[1] != len(source.mean):
@@ -109,35 +132,24 @@ def _compute(source: FeatureNet, images: Sequence[str], paths: Sequence[str], fi
     if absent:
         raise ValueError("%s: the file has no weights for layer '%s' of %s"
                          % (source.weights, absent[0], source.net))
-    rows, size = _rows(source), source.batch_size
+    size, blob = source.batch_size, net.blobs[source.layer]
     batches = Prefetcher(make_batches, (list(images), image.shape, list(source.mean)),
                          source.workers, 4 * int(np.prod(image.shape)) + 8 * size,
                          broken_limit=max(10, int(BROKEN_PART * len(images))))
-    batches.start(first * rows // size)
+    batches.start(0)
     try:
-        with tqdm(total=len(images), initial=first * rows, unit=" images", disable=None) as bar:
-            for number in range(first, len(paths)):
-                count = min(rows, len(images) - number * rows)
-                features = _part(net, image.blob, source.layer, batches, count, bar)
-                with files.replacing(paths[number]) as temporary, open(temporary, "wb") as file:
-                    np.save(file, features)
+        with files.replacing(path) as temporary:
+            rows = np.lib.format.open_memmap(temporary, "w+", np.float32,
+                                             (len(images), blob.data[0].size))
+            for start in tqdm(range(0, len(images), size), unit=" batches", disable=None):
+                pixels, read = batches.next()
+                net.blobs[image.blob].data[...] = pixels
+                net.forward()
+                features = np.where(read[:, None], blob.data.reshape(size, -1), np.nan)
+                rows[start:start + size] = features[:len(images) - start]
+            rows.flush()
     finally:
         batches.close()
-
-
-def _part(net: Any, data: str, layer: str, batches: Prefetcher, count: int,
-          bar: Any) -> np.ndarray:
-    """Return the features of the next `count` images, float32 (count, d)."""
-    features: List[np.ndarray] = []
-    for start in range(0, count, len(net.blobs[data].data)):
-        pixels, read = batches.next()
-        net.blobs[data].data[...] = pixels
-        net.forward()
-        blob = np.array(net.blobs[layer].data).reshape(len(pixels), -1)
-        blob[~read] = np.nan
-        features.append(blob[:count - start])
-        bar.update(len(features[-1]))
-    return np.concatenate(features)
 
 
 def make_batches(images: Sequence[str], shape: Sequence[int],
@@ -164,4 +176,3 @@ def make_batches(images: Sequence[str], shape: Sequence[int],
         return Batch([pixels, read], broken)
 
     return batch_of
-

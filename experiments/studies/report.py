@@ -33,14 +33,14 @@ def summary(row: Any, trials: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
     Trials that diverged are counted, but not averaged.
     """
     rate = next(iter(best_rates(row, trials)), None)
-    chosen = [one for one in trials_of(row, trials) if rate in (one["learning_rate"], None)]
-    ended = [one for one in chosen if one["diverged"] is None]
+    chosen = [trial for trial in trials_of(row, trials) if rate in (trial["learning_rate"], None)]
+    ended = [trial for trial in chosen if trial["diverged"] is None]
     line = {"row": row.name, "column": row.column, "scaling": row.scaling,
             "tables": " ".join(map(str, row.tables)), "learning_rate": rate,
             "last_rate_tried": rate is not None and is_extreme(row, rate, trials),
             "trials": len(ended), "diverged": len(chosen) - len(ended), "paper_mAP": paper(row)}
     for part in ("validation", "test"):
-        values = [100 * one[part + "_accuracy"] for one in ended]
+        values = [100 * trial[part + "_accuracy"] for trial in ended]
         mean, error = formats.mean_and_error(values) if values else (None, None)
         line.update({part + "_accuracy": mean, part + "_standard_error": error})
     return line
@@ -51,9 +51,9 @@ def paper(row: Any) -> Optional[float]:
     net, solver = SOLVER_COLUMNS[row.column]
     method = "ours-gaussian" if row.method == "gaussian" else row.method
     wanted = ("classification", net, method, row.scaling, solver)
-    found = [cell.paper for number in row.tables for cell in TABLES["table%d" % number].cells
+    selected = [cell.paper for number in row.tables for cell in TABLES["table%d" % number].cells
              if tuple(cell.run) == wanted and not row.literal and row.output_std is None]
-    return found[0] if found else None
+    return selected[0] if selected else None
 
 
 def markdown(lines: Sequence[Dict[str, Any]]) -> str:
@@ -90,12 +90,12 @@ def draw(table: int, rows: Sequence[Any], trials: Sequence[Dict[str, Any]], out:
     folders, names = [], []
     for row in rows:
         rate = next(iter(best_rates(row, trials)), None)
-        for one in trials_of(row, trials):
-            if one["learning_rate"] == rate and one["diverged"] is None:
-                folders.append(os.path.join(out, one["folder"]))
+        for trial in trials_of(row, trials):
+            if trial["learning_rate"] == rate and trial["diverged"] is None:
+                folders.append(os.path.join(out, trial["folder"]))
                 names.append(row.name if row.column == "SGD" else "%s, %s"
                              % (row.name, row.column))
     if folders:
-        found = curves.read_runs(folders, names)
-        curves.draw(found, "error", curves.spans_within(found, []),
+        selected = curves.read_runs(folders, names)
+        curves.draw(selected, "error", curves.spans_within(selected, []),
                     os.path.join(out, "table%d.png" % table))

@@ -20,12 +20,12 @@ def script(name: str, *words: object) -> List[str]:
 
 
 def initialized(run: trials.Runner, folder: str, net: str, *options: object) -> Tuple[str, str]:
-    """Return the definition and the caffemodel that initialise.py has written into a folder.
+    """Return the definition and the caffemodel that initialize.py has written into a folder.
 
     Raises ValueError with what the command says where it fails.
     """
     weights = os.path.join(folder, "start.caffemodel")
-    made(run, folder, script("initialise.py", net, weights, *options, "--cpu"))
+    make_once(run, folder, script("initialize.py", net, weights, *options, "--cpu"))
     return definition_of(net, weights), weights
 
 
@@ -38,7 +38,7 @@ def trained(run: trials.Runner, folder: str, command: Sequence[str]) -> Dict[str
     return trials.outcome(folder)
 
 
-def made(run: trials.Runner, folder: str, command: Sequence[str]) -> None:
+def make_once(run: trials.Runner, folder: str, command: Sequence[str]) -> None:
     """Run a command that writes into a folder, unless it has.
 
     Raises ValueError with what the command says where it fails.

@@ -6,7 +6,7 @@ the paper. Numbers are mean average precisions in %.
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
-# The methods and scalings of initialise.py, which tables 1 and 2 compare.
+# The methods and scalings of initialize.py, which tables 1 and 2 compare.
 METHODS = ("gaussian", "reference", "xavier", "msra", "ours-gaussian", "ours-pca", "ours-kmeans")
 SCALINGS = ("none", "within", "between", "both")
 TASKS = ("classification", "detection")
@@ -133,32 +133,33 @@ TABLES: Dict[str, Table] = {"table1": TABLE1, "table2": TABLE2, "table3": TABLE3
 
 
 class Curve(NamedTuple):
-    """A run whose curves are drawn: its net, its method and the preset of train_imagenet.py."""
+    """A run of train_imagenet.py whose curves are drawn: its net and its method."""
 
     net: str
     method: str
-    preset: str
 
 
+# The presets of train_imagenet.py, which are the solvers of the paper.
+PRESETS = {"figure3": "caffenet", "figure4": "googlenet"}
 CURVES: Dict[str, Dict[str, Curve]] = {
-    "figure3": {"reference": Curve("caffenet", "reference", "caffenet"),
-                "gaussian": Curve("caffenet", "ours-gaussian", "caffenet"),
-                "kmeans": Curve("caffenet", "ours-kmeans", "caffenet"),
-                "kmeans_nolrn": Curve("caffenet_nolrn", "ours-kmeans", "caffenet-nolrn")},
-    "figure4": {"reference": Curve("googlenet", "reference", "googlenet"),
-                "kmeans": Curve("googlenet", "ours-kmeans", "googlenet"),
-                "kmeans_single": Curve("googlenet_single", "ours-kmeans", "googlenet-single")}}
+    "figure3": {"reference": Curve("caffenet", "reference"),
+                "gaussian": Curve("caffenet", "ours-gaussian"),
+                "kmeans": Curve("caffenet", "ours-kmeans"),
+                "kmeans_nolrn": Curve("caffenet_nolrn", "ours-kmeans")},
+    "figure4": {"reference": Curve("googlenet", "reference"),
+                "kmeans": Curve("googlenet", "ours-kmeans"),
+                "kmeans_single": Curve("googlenet_single", "ours-kmeans")}}
 
 
 class Places:
     """The paths of the files of runs, by a configuration (config.schema.yaml).
 
-    `made` are input files that the workflow itself makes, so that they are not missing.
+    `generated` are input files that the workflow itself makes, so that they are not missing.
     """
 
-    def __init__(self, config: Dict[str, Any], made: Sequence[str] = ()) -> None:
+    def __init__(self, config: Dict[str, Any], generated: Sequence[str] = ()) -> None:
         self.config = config
-        self.made = made
+        self.generated = generated
         self.root = config["output"]
 
     def start(self, net: str, method: str, scaling: str, seed: object) -> str:
@@ -228,4 +229,4 @@ class Places:
     def available(self, name: str) -> bool:
         """Return whether a pretrained caffemodel is there."""
         weights = self.config["pretrained"][name]["weights"]
-        return os.path.exists(weights) or weights in self.made
+        return os.path.exists(weights) or weights in self.generated

@@ -3,7 +3,8 @@ import argparse
 import logging
 from typing import Sequence, Tuple
 
-from ddinit import files, results
+from ddinit import results
+from tables import formats
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +29,7 @@ def _trial(text: str) -> Tuple[str, str]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the chosen rate as it is on the command line."""
-    rate = chosen(arguments.trials)
-    with files.replacing(arguments.out) as temporary, open(temporary, "w") as file:
-        file.write(rate + "\n")
+    formats.write(arguments.out, chosen(arguments.trials) + "\n")
 
 
 def chosen(trials: Sequence[Tuple[str, str]]) -> str:

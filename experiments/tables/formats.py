@@ -14,7 +14,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write(path: str, text: str) -> None:
     """Write a text file, whole or not at all."""
-    with files.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with files.replacing(path) as temporary, \
+            open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
 
 

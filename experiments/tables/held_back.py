@@ -13,6 +13,7 @@ import scipy.io
 
 from ddinit import files
 from detection.proposals import read_mat
+from tables import formats
 from voc.folders import Voc
 
 SPLITS = {"trainval": "train", "test": "val"}  # of the new folder: of the old one
@@ -32,28 +33,24 @@ def run(arguments: argparse.Namespace) -> None:
     voc = Voc(arguments.voc)
     lists = os.path.join(arguments.out, "ImageSets", "Main")
     os.makedirs(lists, exist_ok=True)
-    found = {}
+    boxes_of = {}
     if arguments.proposals is not None:
         known = voc.images("trainval")
-        found = dict(zip(known, read_mat(arguments.proposals, known)))
+        boxes_of = dict(zip(known, read_mat(arguments.proposals, known)))
     for split, source in SPLITS.items():
         images, labels = voc.images(source), voc.labels(source)
         for name, column in zip(voc.classes, labels.T):
-            _write(os.path.join(lists, "%s_%s.txt" % (name, split)),
-                   ["%s %s" % pair for pair in zip(images, map(FLAGS.get, column))])
+            formats.write(os.path.join(lists, "%s_%s.txt" % (name, split)), "".join(
+                "%s %s\n" % pair for pair in zip(images, map(FLAGS.get, column))))
         if arguments.proposals is not None:
             _write_mat(os.path.join(arguments.out, split + ".mat"), images,
-                       [found[image] for image in images])
-        _write(os.path.join(lists, split + ".txt"), images)
+                       [boxes_of[image] for image in images])
+        formats.write(os.path.join(lists, split + ".txt"), "".join(
+            image + "\n" for image in images))
     for name in ("JPEGImages", "Annotations"):
         link = os.path.join(arguments.out, name)
         if not os.path.lexists(link):
             os.symlink(os.path.join(os.path.abspath(arguments.voc), name), link)
-
-
-def _write(path: str, lines: Sequence[str]) -> None:
-    with files.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
 
 
 def _write_mat(path: str, images: Sequence[str], boxes: Sequence[np.ndarray]) -> None:

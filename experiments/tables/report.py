@@ -59,11 +59,11 @@ def run(arguments: argparse.Namespace) -> None:
         table = TABLES[name]
         entries = [entry(cell, places) for cell in table.cells]
         notes = [CELLS, "Seeds: %s." % ", ".join(
-            map(str, sorted({one.seeds for one in entries}))), CHOICE]
+            map(str, sorted({entry.seeds for entry in entries}))), CHOICE]
         path = os.path.join(arguments.out, name)
         formats.write(path + ".md", "\n\n".join([table.title + ".", *notes, formats.markdown(
             ["", *table.columns], grid(table, entries))]))
-        formats.write_csv(path + ".csv", CSV_COLUMNS, [_csv_row(one) for one in entries])
+        formats.write_csv(path + ".csv", CSV_COLUMNS, [_csv_row(entry) for entry in entries])
 
 
 def entry(cell: Cell, places: Places) -> Entry:
@@ -73,16 +73,16 @@ def entry(cell: Cell, places: Places) -> Entry:
     if missing is not None:
         return Entry(cell, {}, len(seeds), None, "not run: %s is missing" % missing)
     paths = [places.result(cell.run, seed) for seed in seeds]
-    found = [results.read_json(path) for path in paths if os.path.exists(path)]
-    ended = [result for result in found if "diverged" not in result]
-    diverged = len(found) - len(ended)
+    tested = [results.read_json(path) for path in paths if os.path.exists(path)]
+    ended = [result for result in tested if "diverged" not in result]
+    diverged = len(tested) - len(ended)
     notes = []
-    if ended and len(found) < len(seeds):
-        notes.append("%d of %d seeds" % (len(found), len(seeds)))
+    if ended and len(tested) < len(seeds):
+        notes.append("%d of %d seeds" % (len(tested), len(seeds)))
     if diverged:
         notes.append("diverged" if diverged == len(seeds)
                      else "%d of %d seeds diverged" % (diverged, len(seeds)))
-    if not found:
+    if not tested:
         notes.append("not run")
     trials = {measure: [100 * result["mAP_" + measure] for result in ended]
               for measure in MEASURES} if ended else {}
@@ -91,31 +91,32 @@ def entry(cell: Cell, places: Places) -> Entry:
 
 def grid(table: Table, entries: Sequence[Entry]) -> List[List[str]]:
     """Return the texts of the rows of a table."""
-    texts = {(one.cell.row, one.cell.column): _text(one) for one in entries}
+    texts = {(entry.cell.row, entry.cell.column): _text(entry) for entry in entries}
     return [[row, *[texts.get((row, column), "-") for column in table.columns]]
             for row in table.rows]
 
 
-def _text(one: Entry) -> str:
-    if not one.trials:
-        return "%.1f / %s" % (one.cell.paper, one.note.split(":")[0])
+def _text(entry: Entry) -> str:
+    if not entry.trials:
+        return "%.1f / %s" % (entry.cell.paper, entry.note.split(":")[0])
     parts = []
     for measure, name in MEASURES.items():
-        mean, error = formats.mean_and_error(one.trials[measure])
+        mean, error = formats.mean_and_error(entry.trials[measure])
         parts.append("%.1f%s (%+.1f) %s" % (mean, "" if error is None else " ± %.1f" % error,
-                                            mean - one.cell.paper, name))
-    note = " [%s]" % one.note if one.note else ""
-    return "%.1f / %s%s" % (one.cell.paper, ", ".join(parts), note)
+                                            mean - entry.cell.paper, name))
+    note = " [%s]" % entry.note if entry.note else ""
+    return "%.1f / %s%s" % (entry.cell.paper, ", ".join(parts), note)
 
 
-def _csv_row(one: Entry) -> List[Any]:
+def _csv_row(entry: Entry) -> List[Any]:
     numbers: List[Optional[float]] = []
     for measure in MEASURES:
-        if one.trials:
-            mean, error = formats.mean_and_error(one.trials[measure])
-            numbers += [round(mean, 4), round(mean - one.cell.paper, 4),
+        if entry.trials:
+            mean, error = formats.mean_and_error(entry.trials[measure])
+            numbers += [round(mean, 4), round(mean - entry.cell.paper, 4),
                         None if error is None else round(error, 4)]
         else:
             numbers += [None, None, None]
-    count = len(next(iter(one.trials.values()), []))
-    return [one.cell.row, one.cell.column, one.cell.paper, count, one.rate, one.note, *numbers]
+    count = len(next(iter(entry.trials.values()), []))
+    cell = entry.cell
+    return [cell.row, cell.column, cell.paper, count, entry.rate, entry.note, *numbers]

@@ -6,9 +6,9 @@ from typing import List
 
 import numpy as np
 
-from ddinit import files
 from ddinit.argument_types import count, natural
-from neighbours.lists import read_paths
+from neighbours.pictures import read_paths
+from tables import formats
 from voc.folders import Voc
 
 
@@ -47,13 +47,10 @@ def run(arguments: argparse.Namespace) -> None:
     for number, out in zip(arguments.count, arguments.out):
         chosen = [os.path.abspath(paths[place]) for place in sorted(order[start:start + number])]
         start += number
-        (_write_list if out.endswith(".txt") else _link)(chosen, out)
-
-
-def _write_list(paths: List[str], out: str) -> None:
-    with files.replacing(out) as temporary, \
-            open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write("".join(path + "\n" for path in paths))
+        if out.endswith(".txt"):
+            formats.write(out, "".join(path + "\n" for path in chosen))
+        else:
+            _link(chosen, out)
 
 
 def _link(paths: List[str], folder: str) -> None:

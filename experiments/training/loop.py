@@ -153,6 +153,9 @@ class _Run:
         self.solver = solver
         self.repeat = repeat
         self.losses = _loss_blobs(solver.net)
+        self.values = [*self.losses, *[  # such as the top of an Accuracy layer
+            name for name in solver.net.outputs
+            if name not in self.losses and solver.net.blobs[name].count == 1]]
         self.batch = _batch_size(solver.net) * plan.solver.iter_size
         self.log = run_folder.Table(os.path.join(plan.folder, "log.csv"), solver.iter)
         self.curves: Optional[run_folder.Table] = None
@@ -215,12 +218,12 @@ class _Run:
                                 or self.solver.iter == self.plan.iterations)
 
     def _log(self) -> float:
-        """Append the losses of the last step to log.csv; return their weighted sum.
+        """Append the losses and other outputs of the last step to log.csv; return the loss.
 
-        Raises ValueError naming the iteration where the sum is not finite.
+        The loss is the weighted sum. Raises ValueError naming the iteration where it is not finite.
         """
         net = self.solver.net
-        values = {name: float(net.blobs[name].data.sum()) for name in self.losses}
+        values = {name: float(net.blobs[name].data.sum()) for name in self.values}
         loss = math.fsum(weight * values[name] for name, weight in self.losses.items())
         rate = learning_rate(self.plan.solver, self.solver.iter - 1, self.plan.iterations)
         if not math.isfinite(loss):

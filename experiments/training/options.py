@@ -1,8 +1,10 @@
-"""Declare the command-line options that all commands share that train or test a net."""
+"""Declare and run what all commands share that train or test a net."""
 import argparse
 import os
 
+from ddinit import argument_types, processes
 from ddinit.argument_types import count, natural
+from ddinit.net import choose_device
 
 WRITTEN = "final.caffemodel, snapshots, log.csv, curve.png and run.json"
 
@@ -43,3 +45,15 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=natural, default=default, metavar="N",
                         help="processes that read images; 0: read between iterations (default "
                              "%(default)d)")
+
+
+def add_computing(parser: argparse.ArgumentParser) -> None:
+    """Add --workers, --cpu and --gpu."""
+    add_workers(parser)
+    argument_types.add_device(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Return the exit status of `arguments.function(arguments, gpu)`, run in a child process."""
+    gpu = choose_device(arguments.cpu, arguments.gpu)
+    return int(processes.in_child(arguments.function, arguments, gpu))

@@ -95,10 +95,6 @@ class Prefetcher:
         self._report(broken)
         return _views(self._slot(place), layout)
 
-    def process_ids(self) -> List[int]:
-        """Return the workers' process ids."""
-        return [process.pid for process in self._processes]
-
     def close(self) -> None:
         """End the workers."""
         for pipe in self._pipes:

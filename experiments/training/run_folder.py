@@ -37,20 +37,20 @@ def snapshots(folder: str) -> List[Snapshot]:
 
     The state is renamed last, so that a snapshot whose state has its final name is whole.
     """
-    found = []
+    whole = []
     for path in glob.glob(os.path.join(glob.escape(folder), "snapshot_*.solverstate")):
         number = re.fullmatch(r"snapshot_(\d+)\.solverstate", os.path.basename(path))
         if number:
             snapshot = Snapshot(folder, int(number.group(1)))
             if os.path.exists(snapshot.weights):
-                found.append(snapshot)
-    return sorted(found, key=lambda snapshot: snapshot.iteration)
+                whole.append(snapshot)
+    return sorted(whole, key=lambda snapshot: snapshot.iteration)
 
 
 def last_snapshot(folder: str) -> Optional[Snapshot]:
     """Return the newest whole snapshot in `folder`, or None."""
-    found = snapshots(folder)
-    return found[-1] if found else None
+    whole = snapshots(folder)
+    return whole[-1] if whole else None
 
 
 def save_snapshot(solver: Any, folder: str) -> Snapshot:

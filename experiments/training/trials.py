@@ -161,18 +161,18 @@ class Runner:
         """
         with ThreadPoolExecutor(at_a_time) as pool:
             futures = [pool.submit(task) for task in tasks]
-            found = []
+            returned = []
             try:
                 for number, future in enumerate(futures, 1):
                     while not future.done():
                         wait([future], SECONDS)
-                    found.append(future.result())
+                    returned.append(future.result())
                     log.info("%s: %d of %d", what, number, len(futures))
             except BaseException:
                 for future in futures:
                     future.cancel()
                 raise
-        return found
+        return returned
 
 
 def last_line(path: str) -> str:

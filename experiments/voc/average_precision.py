@@ -80,8 +80,8 @@ def curve(right: np.ndarray, positives: int) -> Tuple[np.ndarray, np.ndarray]:
 
     `right` is bool (n,); `positives` > 0 is the number of correct answers that exist.
     """
-    found = np.cumsum(right)
-    return found / positives, found / np.arange(1, len(found) + 1)
+    correct = np.cumsum(right)
+    return correct / positives, correct / np.arange(1, len(correct) + 1)
 
 
 def classification_ap(scores: np.ndarray, labels: np.ndarray) -> AveragePrecision:
@@ -126,8 +126,8 @@ def detection_ap(detections: Sequence[Detections], truth: Sequence[Objects],
     if len(detections) != len(truth):
         raise ValueError("There are detections in %d images, but objects in %d." % (
             len(detections), len(truth)))
-    for image, found in enumerate(detections):
-        _check(found, image)
+    for image, detected in enumerate(detections):
+        _check(detected, image)
     return _average_precision([_detected_class(detections, truth, index)
                                for index in range(classes)])
 
@@ -137,11 +137,11 @@ def _detected_class(detections: Sequence[Detections], truth: Sequence[Objects],
     """Return both measures of class `index`; objects are numbered over all images, -1 is none."""
     scores, matches, difficult = [], [], []
     numbered = 0
-    for found, objects in zip(detections, truth):
-        of_class = np.asarray(found.classes) == index
+    for detected, objects in zip(detections, truth):
+        of_class = np.asarray(detected.classes) == index
         wanted = np.asarray(objects.classes) == index
-        scores.append(np.asarray(found.scores, np.float64)[of_class])
-        match = _best_match(np.asarray(found.boxes)[of_class], objects.boxes[wanted])
+        scores.append(np.asarray(detected.scores, np.float64)[of_class])
+        match = _best_match(np.asarray(detected.boxes)[of_class], objects.boxes[wanted])
         matches.append(np.where(match >= 0, match + numbered, -1))
         difficult.append(objects.difficult[wanted])
         numbered += int(wanted.sum())
@@ -165,13 +165,13 @@ def _best_match(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.where(shared.max(axis=1) > OVERLAP, shared.argmax(axis=1), -1)
 
 
-def _check(found: Detections, image: int) -> None:
-    count = len(found.scores)
-    if np.shape(found.boxes) != (count, 4) or np.shape(found.classes) != (count,):
+def _check(detected: Detections, image: int) -> None:
+    count = len(detected.scores)
+    if np.shape(detected.boxes) != (count, 4) or np.shape(detected.classes) != (count,):
         raise ValueError("Detections in image %d have %d scores, but boxes of shape %s and classes "
-                         "of shape %s." % (image, count, np.shape(found.boxes),
-                                           np.shape(found.classes)))
-    if not (np.isfinite(found.scores).all() and np.isfinite(found.boxes).all()):
+                         "of shape %s." % (image, count, np.shape(detected.boxes),
+                                           np.shape(detected.classes)))
+    if not (np.isfinite(detected.scores).all() and np.isfinite(detected.boxes).all()):
         raise ValueError("A detection in image %d is not finite." % image)
 
 

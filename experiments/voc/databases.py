@@ -1,11 +1,9 @@
 """Read the images of a VOC folder from an LMDB that data/make_voc_lmdb.py has made."""
-import functools
 import os
 from typing import Union
 
-import lmdb
-
 from ddinit.prototxt import caffe_messages
+from training.databases import open_database
 from voc.folders import Voc, VocLists
 
 
@@ -16,13 +14,12 @@ class VocLmdb(VocLists):
     """
 
     def __init__(self, root: str) -> None:
-        if not os.path.isfile(os.path.join(root, "data.mdb")):
-            raise ValueError("%s: not an LMDB, because there is no data.mdb in it" % root)
+        open_database(os.path.realpath(root))
         super().__init__(root)
 
     def read_bytes(self, image: str) -> bytes:
         """Return the encoded image (JPEG) with the id `image`."""
-        with _environment(self.root).begin() as transaction:
+        with open_database(os.path.realpath(self.root)).begin() as transaction:
             record = transaction.get(image.encode())
         if record is None:
             raise ValueError("%s: there is no image %s in the database" % (self.root, image))
@@ -32,13 +29,3 @@ class VocLmdb(VocLists):
 def open_voc(path: str) -> Union[Voc, VocLmdb]:
     """Return the reader of a VOC folder, or of an LMDB that was made from one."""
     return VocLmdb(path) if os.path.isfile(os.path.join(path, "data.mdb")) else Voc(path)
-
-
-@functools.lru_cache(maxsize=None)
-def _environment(root: str) -> lmdb.Environment:
-    """Return the open database, of which LMDB allows one in each process."""
-    try:
-        # No lock file: the folder may be read-only, and nobody writes while we read.
-        return lmdb.open(root, readonly=True, lock=False, readahead=False)
-    except lmdb.Error as error:
-        raise ValueError("%s: not an LMDB (%s)" % (root, error)) from error

@@ -132,13 +132,13 @@ class Voc(VocLists):
         annotation = _read_xml(path)
         width = int(_number(annotation, "size/width", path))
         height = int(_number(annotation, "size/height", path))
-        found = annotation.findall("object")
-        if not found:
+        elements = annotation.findall("object")
+        if not elements:
             raise ValueError("%s: the annotation has no object" % path)
-        boxes = np.array([self._box(item, width, height, path) for item in found])
-        classes = np.array([self._class_index(item, path) for item in found])
+        boxes = np.array([self._box(item, width, height, path) for item in elements])
+        classes = np.array([self._class_index(item, path) for item in elements])
         difficult = np.array([(item.findtext("difficult") or "0").strip() == "1"
-                              for item in found])
+                              for item in elements])
         return Objects(boxes, classes, difficult, width, height)
 
     def _class_index(self, item: ElementTree.Element, path: str) -> int:

@@ -26,7 +26,7 @@ layer { name: "fc6" type: "InnerProduct" bottom: "conv2" top: "fc6"
 FULLY_CONVOLUTIONAL = """
 layer { name: "fc6-conv" type: "Convolution" bottom: "conv2" top: "fc6-conv"
         convolution_param { num_output: 5 kernel_size: 4 } }"""
-NORMALISED = """
+NORMALIZED = """
 layer { name: "bn1" type: "BatchNorm" bottom: "conv1" top: "conv1"
         batch_norm_param { eps: 0.01 } }
 layer { name: "scale1" type: "Scale" bottom: "conv1" top: "conv1"
@@ -171,8 +171,8 @@ def test_a_grey_net_takes_colours_as_opencv_turns_them_grey(tmp_path):
                                output(net, np.array(greys)), rtol=1e-3)
 
 
-def test_normalisation_is_folded_into_the_layer_before_it(tmp_path, images):
-    theirs = definition(tmp_path / "theirs.prototxt", behind=NORMALISED)
+def test_normalization_is_folded_into_the_layer_before_it(tmp_path, images):
+    theirs = definition(tmp_path / "theirs.prototxt", behind=NORMALIZED)
     ours = definition(tmp_path / "ours.prototxt")
     net, weights = filled(theirs)
     out = str(tmp_path / "out.caffemodel")
@@ -228,14 +228,14 @@ def test_nets_that_differ_are_refused_unless_forced(tmp_path, capsys):
 
 
 RELU_FIRST = """
-layer { name: "relu0" type: "ReLU" bottom: "conv1" top: "conv1" }""" + NORMALISED
+layer { name: "relu0" type: "ReLU" bottom: "conv1" top: "conv1" }""" + NORMALIZED
 READ_TWICE = """
 layer { name: "bn1" type: "BatchNorm" bottom: "conv1" top: "other" }
 layer { name: "sum" type: "Eltwise" bottom: "conv1" bottom: "other" top: "total" }"""
 
 
 @pytest.mark.parametrize("behind, options, message", [
-    (NORMALISED, [], "no layer 'bn1' (BatchNorm): --fold-batchnorm folds it"),
+    (NORMALIZED, [], "no layer 'bn1' (BatchNorm): --fold-batchnorm folds it"),
     (RELU_FIRST, ["--fold-batchnorm"], "'bn1' (BatchNorm) cannot be folded: it does not follow"),
     (READ_TWICE, ["--fold-batchnorm"], "'bn1' (BatchNorm) cannot be folded: other layers read"),
     ("", ["--rename", "conv1"], "--rename conv1: write OLD=NEW"),

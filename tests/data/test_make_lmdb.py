@@ -225,3 +225,12 @@ def test_the_mean_of_images_of_several_sizes_is_an_error(images, capsys):
     assert not (images / "mean.binaryproto").exists()
     assert image_mean.main([str(images / "none"), str(images / "mean.binaryproto")]) == 2
     assert "not an LMDB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_a_list_may_have_any_encoding_and_a_byte_order_mark(images, encoding):
+    os.rename(str(images / "an image 0.png"), str(images / "é.png") if encoding != "latin-1"
+              else os.fsencode(str(images)) + b"/\xe9.png")
+    (images / "list.txt").write_bytes("é.png 4\r\nan image 1.png 5\r\n".encode(encoding))
+    assert run(images, "out.lmdb") == run(images, "out.lmdb", "--check") == 0
+    assert [label for _, label in read(images, "out.lmdb")] == [4, 5]

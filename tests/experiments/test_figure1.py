@@ -118,7 +118,7 @@ def test_images_are_drawn_by_the_seed(tmp_path, net, photos):
 # Output and errors
 # ---------------------------------------------------------------------------------------------
 
-def test_table_and_figure_show_every_initialisation(tmp_path, net, photos, capsys):
+def test_table_and_figure_show_every_initialization(tmp_path, net, photos, capsys):
     weights = filled(net, tmp_path / "a.caffemodel")
     figure = str(tmp_path / "figure1.png")
     assert figure1.main([net, "k = 3=" + "none", "a=" + weights, "-d", photos, "--figure", figure,

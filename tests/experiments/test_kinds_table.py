@@ -99,6 +99,6 @@ def test_results_of_other_settings_are_not_mixed(table, capsys):
 def test_a_command_line_without_images_or_networks_is_one_line(table, images, capsys, tmp_path):
     _, options = table
     assert kinds_table.main(options + ["--data", str(tmp_path / "*.jpg")]) == 2
-    assert "no such images" in capsys.readouterr().err
+    assert "no images there" in capsys.readouterr().err
     assert kinds_table.main(options + ["--nets", str(tmp_path)]) == 2
     assert "no *.prototxt" in capsys.readouterr().err

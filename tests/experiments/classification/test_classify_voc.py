@@ -85,7 +85,7 @@ layer { name: "pool" type: "Pooling" bottom: "conv" top: "pool"
     assert caffe_net.blobs[net.scores].data.shape == (2, 5, 1, 1)
 
 
-def test_batch_normalisation_trains_on_the_batchs_own_statistics():
+def test_batch_normalization_trains_on_the_batchs_own_statistics():
     definition = text_format.Parse(tiny_net.DEFINITION.replace("Dropout", "BatchNorm").replace(
         "dropout_param { dropout_ratio: 0.5 }", "batch_norm_param { use_global_stats: true }"),
         caffe_messages().NetParameter())

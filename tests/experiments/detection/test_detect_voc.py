@@ -124,13 +124,13 @@ def test_the_box_regression_is_folded_into_the_weights_and_back():
     means, deviations = np.array([[0.5, 0, 1, 0]]), np.array([[2, 4, 0.5, 1]])
     features = np.array([0.5, -1])
     weights, bias = Net.params["bbox_pred"]
-    normalised = weights.data @ features + bias.data
+    normalized = weights.data @ features + bias.data
     folding = detect_voc.folding(means, deviations)
     folding.fold(Net)
     np.testing.assert_allclose(weights.data @ features + bias.data,
-                               normalised * deviations[0] + means[0])
+                               normalized * deviations[0] + means[0])
     folding.unfold(Net)
-    np.testing.assert_allclose(weights.data @ features + bias.data, normalised)
+    np.testing.assert_allclose(weights.data @ features + bias.data, normalized)
 
 
 def test_proposals_are_computed_where_no_file_is_given(files, voc_folder):

@@ -96,10 +96,10 @@ def test_training_values_are_means_of_the_last_classifier_since_the_row_before(r
         assert row["training_loss"] == pytest.approx(
             np.mean([one["final_loss"] for one in between]))
         assert row["training_error"] == pytest.approx(
-            np.mean([one["training_error"] for one in between]))
-    for one in log:  # the auxiliary loss counts 0.3 times, the error not at all
+            1 - np.mean([one["training_accuracy"] for one in between]))
+    for one in log:  # the auxiliary loss counts 0.3 times, the accuracy not at all
         assert one["loss"] == pytest.approx(one["final_loss"] + 0.3 * one["side/loss"], rel=1e-6)
-        assert round(one["training_error"] * 6, 5) in range(7)
+        assert round(one["training_accuracy"] * 6, 5) in range(7)
 
 
 def test_validation_is_what_caffes_own_layers_say(data, run):
@@ -170,28 +170,18 @@ def test_a_label_beyond_the_classes_is_named(tmp_path):
 
 @pytest.mark.parametrize("preset, iterations, rates", [
     ("caffenet", 320000, {0: 1e-2, 99999: 1e-2, 100000: 1e-3, 200000: 1e-4, 319999: 1e-5}),
-    ("googlenet-single", 2400000, {0: 1e-2, 1200000: 1e-2 * 0.5 ** 0.5, 1800000: 5e-3}),
+    ("googlenet", 2400000, {0: 1e-2, 1200000: 1e-2 * 0.5 ** 0.5, 1800000: 5e-3}),
 ])
 def test_presets_are_the_papers(data, preset, iterations, rates):
     arguments = completed(["net", "none", "out", "--train", "t", "--val", "v", "--preset", preset])
     solver = train_imagenet.solver_of(arguments)
-    google = preset.startswith("googlenet")
+    google = preset == "googlenet"
     assert arguments.iterations == iterations
     assert arguments.batch_size == (32 if google else 256)
     assert solver.momentum == pytest.approx(0.9)
     assert solver.weight_decay == pytest.approx(2e-4 if google else 5e-4)
     for iteration, rate in rates.items():
         assert loop.learning_rate(solver, iteration, iterations) == pytest.approx(rate)
-
-
-def test_a_preset_refuses_another_variant_than_its_own(data):
-    towers = nets.classifier(read_definition(str(data / "net.prototxt")), 2, 3)
-    train_imagenet.check_preset(towers, "googlenet", "net")
-    with pytest.raises(ValueError, match="has the classifiers side, main"):
-        train_imagenet.check_preset(towers, "googlenet-single", "net")
-    lrn = caffe_messages().LayerParameter(name="norm", type="LRN")
-    with pytest.raises(ValueError, match="Preset caffenet-nolrn is for a net without"):
-        train_imagenet.check_preset(towers._replace(layers=[lrn]), "caffenet-nolrn", "net")
 
 
 def test_zero_last_makes_every_classifier_start_at_0_and_not_be_loaded(data):

@@ -1,5 +1,4 @@
 """nearest_neighbours.py: exact neighbors, features that are Caffe's."""
-import os
 
 import cv2
 import numpy as np
@@ -8,8 +7,10 @@ import pytest
 import nearest_neighbours
 from ddinit import processes, results
 from ddinit.prototxt import import_caffe
-from neighbours import features, search
-from neighbours.search import nearest
+from neighbours import features
+from neighbours.features import nearest
+
+NONE = np.empty(0, int)
 
 NET = """
 name: "tiny"
@@ -33,50 +34,29 @@ layer { name: "prob" type: "Softmax" bottom: "last" top: "prob" }
 # Searching
 # ---------------------------------------------------------------------------------------------
 
-def test_neighbours_of_vectors_at_known_angles():
+def test_neighbors_of_vectors_at_known_angles():
     pool = np.array([[1, 0], [0, 2], [3, 3], [-1, 0], [0.3, 0.4]], np.float32)
-    found = nearest(np.array([[2, 0], [0, 5]], np.float32), [pool], 3)
-    assert found.places.tolist() == [[0, 2, 4], [1, 4, 2]]
-    np.testing.assert_allclose(found.similarity, [[1, np.sqrt(0.5), 0.6], [1, 0.8, np.sqrt(0.5)]],
-                               rtol=1e-6)
+    neighbors = nearest(np.array([[2, 0], [0, 5]], np.float32), pool, 3, [NONE, NONE])
+    assert neighbors.places.tolist() == [[0, 2, 4], [1, 4, 2]]
+    np.testing.assert_allclose(
+        neighbors.similarity, [[1, np.sqrt(0.5), 0.6], [1, 0.8, np.sqrt(0.5)]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.float16])
-def test_chunks_and_parts_change_nothing(monkeypatch, kind):
-    rng = np.random.default_rng(1)
-    pool = rng.standard_normal((1000, 16)).astype(kind)
-    queries = rng.standard_normal((7, 16)).astype(np.float32)
-    exact = queries.astype(np.float64) @ pool.astype(np.float64).T
-    exact /= np.linalg.norm(queries.astype(np.float64), axis=1)[:, None]
-    exact /= np.linalg.norm(pool.astype(np.float64), axis=1)
-    expected = np.argsort(-exact, axis=1)[:, :5]
-    monkeypatch.setattr(search, "CHUNK_BYTES", 4 * 16 * 37)
-    found = nearest(queries, [pool[:300], pool[300:301], pool[301:]], 5)
-    np.testing.assert_array_equal(found.places, expected)
-    np.testing.assert_allclose(found.similarity, np.take_along_axis(exact, expected, 1), rtol=1e-5)
+def test_excluded_rows_do_not_count():
+    pool = np.array([[1, 0], [1, 0.1], [1, 0.2], [1, 0.3]], np.float32)
+    neighbors = nearest(pool[:2], pool, 2, [np.array([0]), np.array([0, 1])])
+    assert neighbors.places.tolist() == [[1, 2], [2, 3]]
 
 
-def test_of_equally_similar_images_the_first_counts_and_excluded_ones_do_not():
-    pool = np.tile(np.array([[1, 1]], np.float32), (6, 1))
-    found = nearest(pool[:1], [pool[:2], pool[2:]], 3, [np.array([0, 3])])
-    assert found.places.tolist() == [[1, 2, 4]]
-
-
-def test_a_broken_image_is_nobodys_neighbour_and_a_zero_feature_has_cosine_0():
+def test_a_broken_image_is_nobodys_neighbor_and_a_zero_feature_has_cosine_0():
     pool = np.array([[np.nan, np.nan], [0, 0], [-1, 0], [1, 0]], np.float32)
-    found = nearest(np.array([[1, 0]], np.float32), [pool], 3)
-    assert found.places.tolist() == [[3, 1, 2]]
-    assert found.similarity.tolist() == [[1, 0, -1]]
+    neighbors = nearest(np.array([[1, 0]], np.float32), pool, 3, [NONE])
+    assert neighbors.places.tolist() == [[3, 1, 2]]
+    assert neighbors.similarity.tolist() == [[1, 0, -1]]
     with pytest.raises(ValueError, match="fewer than 4 other images"):
-        nearest(np.array([[1, 0]], np.float32), [pool], 4)
-
-
-def test_a_pool_that_does_not_fit_is_an_error():
-    queries = np.ones((1, 3), np.float32)
-    with pytest.raises(ValueError, match="4 values in the pool, but 3 in the queries"):
-        nearest(queries, [np.ones((5, 4), np.float32)], 2)
-    with pytest.raises(ValueError, match="6 neighbors cannot be found in a pool of 5"):
-        nearest(queries, [np.ones((5, 3), np.float32)], 6)
+        nearest(np.array([[1, 0]], np.float32), pool, 4, [NONE])
+    with pytest.raises(ValueError, match="fewer than 1 other images"):
+        nearest(np.array([[1, 0]], np.float32), pool[:1], 1, [NONE])
 
 
 def test_models_are_called_like_their_files_or_their_folders_too():
@@ -127,7 +107,7 @@ def _save_and_forward(net, weights, images):
 
 @pytest.fixture
 def children(monkeypatch):
-    """Run what runs in a child here, where nothing can abort; list the first parts computed."""
+    """Run what runs in a child here, where nothing can abort; list what was computed."""
     calls = []
 
     def here(function, *arguments):
@@ -163,27 +143,18 @@ def test_the_command_finds_what_caffes_features_say_and_shows_it(folder, capfd):
     assert cv2.imread(str(out / "w.png")).shape == (2 * 96 + 4, 4 * 100 + 4, 3)
 
 
-def test_features_are_computed_once_and_a_killed_run_goes_on_at_its_part(
-        folder, monkeypatch, children):
-    monkeypatch.setattr(features, "PART_ROWS", 4)
+def test_features_are_computed_once(folder, children):
     source = features.FeatureNet(str(folder / "net.prototxt"), str(folder / "w.caffemodel"), "fc",
                                  batch_size=4, workers=0)
     images = [str(folder / ("image %d.png" % number)) for number in range(9)]
     cache = str(folder / "cache")
-    first = [np.array(part) for part in features.cached_features(source, images, cache)]
-    assert [part.shape for part in first] == [(4, 6), (4, 6), (1, 6)]
-    features.cached_features(source, images, cache)
-    assert children == [0]
-    (key,) = os.listdir(cache)
-    for number in (1, 2):
-        os.unlink(os.path.join(cache, key, "part_%05d.npy" % number))
-    again = features.cached_features(source, images, cache)
-    assert children == [0, 1]
-    for part, before in zip(again, first):
-        np.testing.assert_array_equal(part, before)
+    first = features.cached_features(source, images, cache)
+    np.testing.assert_allclose(first, np.load(str(folder / "expected.npy")), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(features.cached_features(source, images, cache), first)
+    assert len(children) == 1
     features.cached_features(source, images[:8], cache)
     features.cached_features(source._replace(layer="last"), images, cache)
-    assert children == [0, 1, 0, 0]  # another list and another layer are other features
+    assert len(children) == 3  # another list and another layer are other features
 
 
 def test_a_query_that_is_broken_is_an_error(folder, tmp_path, children, capsys):

@@ -132,8 +132,8 @@ def test_tiny_runs_every_rule(workflow):
                 "fetch_proposals": 1}),
     # no pretrained model is there: ours alone
     ("table3", {"train_classification": 3, "train_detection": 3 + 1, "tables": 1}),
-    ("architectures", {"train_classification": 4 * 3, "initialise": 4 * 3, "tables": 1}),
-    ("figure1", {"initialise": 5, "draw_figure1": 1}),
+    ("architectures", {"train_classification": 4 * 3, "initialize": 4 * 3, "tables": 1}),
+    ("figure1", {"initialize": 5, "draw_figure1": 1}),
 ])
 def test_the_paper_takes_these_jobs(workflow, target, expected):
     status, output = workflow("paper", "--quiet", "rules", "--", target)
@@ -175,7 +175,7 @@ def test_a_changed_setting_reruns_what_depends_on_it_alone(workflow):
     other = {"figure1": {"images": 5}, "classification": {"iterations": 5}, "threads": 2}
     assert "Nothing to be done" in workflow("tiny", target, changes=other)[1]
     found = jobs(workflow("tiny", target, changes={"initialization": {"images": 8}})[1])
-    assert found == {"sample_voc": 1, "initialise": 1, "total": 2}
+    assert found == {"sample_voc": 1, "initialize": 1, "total": 2}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_nothing_is_replaced_where_batchnorm_works(monkeypatch):
     assert nets.repaired(parsed()) == parsed()
 
 
-def test_in_training_a_net_normalises_by_its_batch_with_whatever_caffe_there_is(tmp_path):
+def test_in_training_a_net_normalizes_by_its_batch_with_whatever_caffe_there_is(tmp_path):
     with open(str(tmp_path / "net.prototxt"), "w") as file:
         file.write(text_format.MessageToString(nets.repaired(parsed())))
     caffe = import_caffe()

@@ -1,4 +1,5 @@
 """Batches: a function of seed and number, whoever computes them; crops; broken images."""
+import multiprocessing
 import os
 import signal
 
@@ -206,7 +207,8 @@ def test_a_worker_that_is_killed_is_an_error_and_no_wait(voc_folder):
     feed = Prefetcher(make_batches, voc_batches(voc_folder), 1, 100000)
     feed.start(0)
     feed.next()
-    os.kill(feed.process_ids()[0], signal.SIGKILL)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(ValueError, match="worker .* has ended with exit status -9"):
         for _ in range(3):
             feed.next()

@@ -1,11 +1,11 @@
-"""The initialisations of tables 1 and 2: what fillers draw, and how magic_init is asked."""
+"""The initializations of tables 1 and 2: what fillers draw, and how magic_init is asked."""
 import os
 
 import numpy as np
 import pytest
 import tiny_net
 
-import initialise
+import initialize
 import magic_init
 from ddinit.images import read_image
 from ddinit.prototxt import build_net, caffe_messages, read_definition
@@ -102,40 +102,40 @@ def test_the_seed_decides_what_is_drawn(tmp_path):
 def test_magic_init_is_asked_for_weights_and_scalings(tmp_path, asked, method, kind, scaling,
                                                       flags):
     output = str(tmp_path / "out.caffemodel")
-    assert initialise.main(["net.prototxt", output, "--method", method, "--scaling", scaling,
+    assert initialize.main(["net.prototxt", output, "--method", method, "--scaling", scaling,
                             "--data", "photos/*.jpg", "--images", "20", "--seed", "3"]) == 0
     assert asked[0] == ["net.prototxt", output, "--data", "photos/*.jpg", "--batch-size", "10",
                         "--batches", "2", "--seed", "3", "--type", kind, *flags]
 
 
 def test_equation_2_to_the_letter_is_asked_of_magic_init(tmp_path, asked):
-    initialise.main(["net.prototxt", str(tmp_path / "out"), "--method", "ours-pca", "--literal",
+    initialize.main(["net.prototxt", str(tmp_path / "out"), "--method", "ours-pca", "--literal",
                      "--data", "photos"])
     assert asked[0][-4:] == ["--type", "pca", "--calibrate", "--literal"]
 
 
 def test_the_scale_of_outputs_is_asked_of_magic_init(tmp_path, asked):
-    initialise.main(["net.prototxt", str(tmp_path / "out"), "--method", "ours-pca", "--output-std",
+    initialize.main(["net.prototxt", str(tmp_path / "out"), "--method", "ours-pca", "--output-std",
                      "0.03", "--data", "photos"])
     assert asked[0][-5:] == ["--type", "pca", "--calibrate", "--output-std", "0.03"]
 
 
 def test_gaussian_weights_are_scaled_as_ours(tmp_path, asked):
     for method in ("gaussian", "ours-gaussian"):
-        initialise.main(["net.prototxt", str(tmp_path / "out"), "--method", method, "--scaling",
+        initialize.main(["net.prototxt", str(tmp_path / "out"), "--method", method, "--scaling",
                          "between", "--data", "photos"])
     assert asked[0] == asked[2]
 
 
 def test_ours_are_scaled_both_ways_unless_told(tmp_path, asked):
-    initialise.main(["net.prototxt", str(tmp_path / "out"), "--method", "ours-pca",
+    initialize.main(["net.prototxt", str(tmp_path / "out"), "--method", "ours-pca",
                      "--data", "photos"])
     assert asked[0][-3:] == ["--type", "pca", "--calibrate"]
 
 
 def test_fillers_are_scaled_between_layers_as_loaded_weights(tmp_path, asked):
     output = str(tmp_path / "out")
-    assert initialise.main([tiny_net.write(tmp_path / "tiny.prototxt"), output, "--method",
+    assert initialize.main([tiny_net.write(tmp_path / "tiny.prototxt"), output, "--method",
                             "xavier", "--scaling", "between", "--data", "photos", "--cpu"]) == 0
     assert asked[0][-3] == "--load" and asked[0][-1] == "--calibrate"
     assert "--cpu" in asked[0] and "--type" not in asked[0]
@@ -143,14 +143,14 @@ def test_fillers_are_scaled_between_layers_as_loaded_weights(tmp_path, asked):
 
 @pytest.mark.parametrize("scaling", ["within", "both"])
 def test_fillers_are_not_scaled_within_layers(tmp_path, capsys, scaling):
-    assert initialise.main(["net.prototxt", str(tmp_path / "out"), "--method", "msra", "--scaling",
+    assert initialize.main(["net.prototxt", str(tmp_path / "out"), "--method", "msra", "--scaling",
                             scaling, "--data", "photos"]) == 2
     assert "cannot be scaled within layers" in capsys.readouterr().err
 
 
 def test_images_are_drawn_from_the_training_split_by_the_seed(tmp_path, voc_folder, asked):
     for seed in (0, 0, 1):
-        initialise.main(["net.prototxt", str(tmp_path / "out"), "--method", "ours-pca",
+        initialize.main(["net.prototxt", str(tmp_path / "out"), "--method", "ours-pca",
                          "--voc", voc_folder, "--images", "6", "--seed", str(seed)])
     first, again, other = asked[1::2]
     assert first == again != other
@@ -158,15 +158,15 @@ def test_images_are_drawn_from_the_training_split_by_the_seed(tmp_path, voc_fold
 
 
 def test_too_few_images_are_an_error_with_their_number(tmp_path, voc_folder, capsys):
-    assert initialise.main(["net.prototxt", str(tmp_path / "out"), "--method", "ours-pca",
+    assert initialize.main(["net.prototxt", str(tmp_path / "out"), "--method", "ours-pca",
                             "--voc", voc_folder, "--images", "13"]) == 2
     assert "there are only 12 training images, not 13" in capsys.readouterr().err
 
 
-def test_outputs_of_an_initialised_net_have_mean_beta_and_unit_variance(tmp_path, voc_folder):
+def test_outputs_of_an_initialized_net_have_mean_beta_and_unit_variance(tmp_path, voc_folder):
     definition = tiny_net.write(tmp_path / "tiny.prototxt")
     output = str(tmp_path / "out.caffemodel")
-    assert initialise.main([definition, output, "--method", "ours-pca", "--scaling", "within",
+    assert initialize.main([definition, output, "--method", "ours-pca", "--scaling", "within",
                             "--voc", voc_folder, "--images", "12", "--cpu"]) == 0
     net = build_net(read_definition(definition))
     net.copy_from(output)

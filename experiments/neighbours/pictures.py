@@ -1,4 +1,6 @@
-"""Show queries and their nearest neighbors in a picture (figure 2)."""
+"""Read lists of image files, and show queries beside their nearest neighbors (figure 2)."""
+import os
+import re
 from typing import List, Sequence
 
 import cv2
@@ -10,7 +12,18 @@ SIDE = 96  # pixels of the square of a picture
 GAP = 4  # pixels between pictures; three times as many after a query
 
 
-def write(path: str, rows: Sequence[Sequence[str]]) -> None:
+def read_paths(path: str, root: str) -> List[str]:
+    """Return the image paths in a list of lines 'path' or 'path label', below `root`.
+
+    Raises ValueError naming a file that cannot be read or is empty.
+    """
+    lines = [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise ValueError("%s: the list is empty" % path)
+    return [os.path.join(root, re.sub(r"\s+\d+$", "", line)) for line in lines]
+
+
+def write_montage(path: str, rows: Sequence[Sequence[str]]) -> None:
     """Write the montage of rows of image files as a PNG."""
     with files.replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(cv2.imencode(".png", montage(rows))[1].tobytes())

@@ -1,6 +1,6 @@
 """Initialize a net by any of the methods that tables 1 and 2 of the paper compare.
 
-    python experiments/initialise.py models/caffenet/deploy.prototxt build/kmeans.caffemodel \\
+    python experiments/initialize.py models/caffenet/deploy.prototxt build/kmeans.caffemodel \\
         --method ours-kmeans --voc datasets/VOCdevkit/VOC2007
 
 Methods (section 4.2) set all affine layers; biases are 0 but for `reference`:
@@ -47,7 +47,7 @@ def initialize(arguments: argparse.Namespace) -> int:
     if arguments.method not in OURS and scaling != "between":
         raise ValueError("--method %s cannot be scaled within layers, because that replaces its "
                          "scale. Use ours-gaussian." % arguments.method)
-    with tempfile.TemporaryDirectory(prefix="initialise.") as folder:
+    with tempfile.TemporaryDirectory(prefix="initialize.") as folder:
         command = [arguments.net, arguments.output, *_data(arguments, folder),
                    *_device(arguments), "--seed", str(arguments.seed)]
         if arguments.method in OURS:
@@ -97,7 +97,7 @@ def _device(arguments: argparse.Namespace) -> List[str]:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Initialize as the command line says; return the exit status."""
-    parser = processes.Parser(prog="initialise.py", description=(__doc__ or "").splitlines()[0])
+    parser = processes.Parser(prog="initialize.py", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("net", metavar="NET", help="network definition, deploy or train_val")
     add("output", metavar="OUT", help="caffemodel to write, and OUT.prototxt beside it where "
