@@ -252,7 +252,17 @@ TWO_SIGMOIDS = DATA + layer("conv1", "Convolution", "data", "", CONV % (8, "")) 
     + layer("class", "InnerProduct", "conv2", "", FC % 60)
 
 
-@pytest.mark.parametrize("text", [stages(), TWO_SIGMOIDS], ids=["joined answer", "two sigmoids"])
+# Faint outputs of a Sigmoid make the last layer's rate so small that LRN damps nothing any more.
+FAINT = DATA + layer("conv1", "Convolution", "data", "", CONV % (8, "")) \
+    + layer("norm1", "LRN", "conv1", "", "lrn_param { local_size: 3 alpha: 3 }") \
+    + layer("conv2", "Convolution", "norm1", "", CONV % (8, "")) \
+    + layer("s2", "Sigmoid", "conv2", "conv2") \
+    + layer("faint", "Power", "conv2", "", "power_param { scale: 1e-4 }") \
+    + layer("output", "InnerProduct", "faint", "", FC % 60)
+
+
+@pytest.mark.parametrize("text", [stages(), TWO_SIGMOIDS, FAINT],
+                         ids=["joined answer", "two sigmoids", "faint outputs behind LRN"])
 def test_from_scratch_rates_held_apart_get_power_layers(capsys, tmp_path, images, text):
     found = run(capsys, tmp_path, text, "-d", images, "-bs", "2", "-nit", "12", "-cs")
     assert found.status == 0, found.err
