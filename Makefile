@@ -26,7 +26,7 @@ venv: .venv/installed
 	elif command -v uv >/dev/null; then uv venv --seed --clear --python 3.9 .venv; \
 	else echo "magic_init: error: install CPython 3.9 or 3.8 (pyenv, conda or your system's" \
 	  "packages) or uv, or name one: make PYTHON=/path/to/python3.9" >&2; exit 2; fi
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --use-pep517 -e '.[$(EXTRAS)]'
 	$(RUN) -m pip uninstall --quiet --yes opencv-python-headless
 	$(RUN) -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps $(CONTRIB)
 	@touch $@
