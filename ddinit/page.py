@@ -183,10 +183,10 @@ def _table(layers: Sequence[Dict[str, Any]], both: bool) -> str:
 
 
 def _number(value: Optional[float]) -> str:
-    """Return a number with three digits, and all of those before the point."""
+    """Return a number with three digits, and all of those before the point below a million."""
     if value is None or not math.isfinite(value):
         return ""
-    return "{:,.0f}".format(value) if abs(value) >= 1000 else "%.3g" % value
+    return "{:,.0f}".format(value) if 1000 <= abs(value) < 1e6 else "%.3g" % value
 
 
 def _changes(content: Dict[str, Any]) -> str:
