@@ -4,7 +4,7 @@ A record is either pixels, uint8 (channels, height, width) in BGR, or an encoded
 """
 import functools
 import os
-from typing import Any, Iterable, Iterator, Tuple
+from typing import Any, Iterator, Tuple
 
 import cv2
 import lmdb
@@ -61,21 +61,6 @@ def read_record(record: bytes, name: str) -> Tuple[np.ndarray, int]:
         raise ValueError("%s: %d bytes are not an image of %d x %d x %d"
                          % ((name, len(datum.data)) + shape))
     return np.frombuffer(datum.data, np.uint8).reshape(shape), datum.label
-
-
-def write_database(path: str, images: Iterable[Tuple[np.ndarray, int]]) -> None:
-    """Write images uint8 (channels, height, width) in BGR and their labels as a new database.
-
-    All images are written in one transaction. Raises ValueError where the folder cannot be written.
-    """
-    try:
-        with lmdb.open(path, map_size=MAP_BYTES) as environment, \
-                environment.begin(write=True) as transaction:
-            for number, (pixels, label) in enumerate(images):
-                image = np.ascontiguousarray(pixels.transpose(1, 2, 0))
-                transaction.put(b"%08d" % number, pixel_record(image, label).data)
-    except lmdb.Error as error:
-        raise ValueError("%s: cannot write the database (%s)" % (path, error)) from error
 
 
 class ImageDatabase:

@@ -217,11 +217,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Return what a command line asks for."""
-    parser = processes.Parser(prog="detect_voc.py", description=(__doc__ or "").splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_train(commands.add_parser("train", help="train a net"))
-    _add_test(commands.add_parser("test", help="score a net that was trained"))
-    return parser.parse_args(argv)
+    return options.parse(argv, "detect_voc.py", __doc__ or "", ("train a net", _add_train),
+                         ("score a net that was trained", _add_test))
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:

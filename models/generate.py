@@ -10,7 +10,7 @@ import argparse
 import logging
 import os
 import sys
-from typing import Dict, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 from ddinit import files, processes
 from layer_text import (
@@ -308,29 +308,44 @@ TOWERS = {"4a": "loss1", "4d": "loss2"}  # the auxiliary classifiers after these
 POOLED = {"3b": "pool3/3x3_s2", "4e": "pool4/3x3_s2"}  # the poolings after these modules
 
 
-def googlenet(towers: bool = True, losses: bool = False) -> Layers:
-    """Return GoogLeNet's layers up to its classifiers, or with `losses` up to their losses."""
+def googlenet_body(classifier: Callable[[str, str], Layers],
+                   divisor: int = 1) -> Tuple[Layers, str]:
+    """Return GoogLeNet's layers up to its last module, and the name of that one's blob.
+
+    Channels are divided by `divisor`.  `classifier(name, blob)` gives the layers of an auxiliary
+    classifier on its pooled blob, none of a net without.
+    """
     layers = [
-        *rectified("conv1", "7x7_s2", "data", 64, 7, stride=2, pad=3),
+        *rectified("conv1", "7x7_s2", "data", 64 // divisor, 7, stride=2, pad=3),
         pooling("pool1/3x3_s2", "conv1/7x7_s2", "MAX", 3, 2),
         local_response("pool1/norm1", "pool1/3x3_s2"),
-        *rectified("conv2", "3x3_reduce", "pool1/norm1", 64, 1),
-        *rectified("conv2", "3x3", "conv2/3x3_reduce", 192, 3, pad=1),
+        *rectified("conv2", "3x3_reduce", "pool1/norm1", 64 // divisor, 1),
+        *rectified("conv2", "3x3", "conv2/3x3_reduce", 192 // divisor, 3, pad=1),
         local_response("conv2/norm2", "conv2/3x3"),
         pooling("pool2/3x3_s2", "conv2/norm2", "MAX", 3, 2),
     ]
     bottom = "pool2/3x3_s2"
     for module, outputs in INCEPTION.items():
-        layers += inception("inception_" + module, bottom, outputs)
+        layers += inception("inception_" + module, bottom, [count // divisor for count in outputs])
         bottom = "inception_%s/output" % module
-        if towers and module in TOWERS:
+        if module in TOWERS:
             pool = TOWERS[module] + "/ave_pool"
-            layers += [pooling(pool, bottom, "AVE", 5, 3), *tower(TOWERS[module], pool)]
-            if losses:
-                layers += googlenet_losses(TOWERS[module], "loss", weight=0.3)
+            auxiliary = classifier(TOWERS[module], pool)
+            layers += [pooling(pool, bottom, "AVE", 5, 3), *auxiliary] if auxiliary else []
         if module in POOLED:
             layers.append(pooling(POOLED[module], bottom, "MAX", 3, 2))
             bottom = POOLED[module]
+    return layers, bottom
+
+
+def googlenet(towers: bool = True, losses: bool = False) -> Layers:
+    """Return GoogLeNet's layers up to its classifiers, or with `losses` up to their losses."""
+    def classifier(name: str, pool: str) -> Layers:
+        if not towers:
+            return []
+        return tower(name, pool) + (googlenet_losses(name, "loss", weight=0.3) if losses else [])
+
+    layers, bottom = googlenet_body(classifier)
     layers += [
         pooling("pool5/7x7_s1", bottom, "AVE", 7, 1),
         dropout("pool5/drop_7x7_s1", "pool5/7x7_s1", 0.4),

@@ -14,7 +14,7 @@ import os
 import sys
 from typing import Callable, Dict, List, Optional, Sequence
 
-from generate import CAFFENET_TINY, INCEPTION, POOLED, TOWERS, caffenet, inception, rectified, tower
+from generate import CAFFENET_TINY, caffenet, googlenet_body, tower
 from layer_text import (
     MSRA,
     XAVIER,
@@ -212,26 +212,8 @@ def googlenet() -> Layers:
     """GoogLeNet (Szegedy et al. 2015 as released with Caffe) with its nine inception modules and
     two auxiliary classifiers at a quarter of its width, for images of 112x112 pixels.
     """
-    layers = [
-        *rectified("conv1", "7x7_s2", "data", 16, 7, stride=2, pad=3),
-        pooling("pool1/3x3_s2", "conv1/7x7_s2", "MAX", 3, 2),
-        local_response("pool1/norm1", "pool1/3x3_s2"),
-        *rectified("conv2", "3x3_reduce", "pool1/norm1", 16, 1),
-        *rectified("conv2", "3x3", "conv2/3x3_reduce", 48, 3, pad=1),
-        local_response("conv2/norm2", "conv2/3x3"),
-        pooling("pool2/3x3_s2", "conv2/norm2", "MAX", 3, 2),
-    ]
-    bottom = "pool2/3x3_s2"
-    for module, outputs in INCEPTION.items():
-        layers += inception("inception_" + module, bottom, [count // 4 for count in outputs])
-        bottom = "inception_%s/output" % module
-        if module in TOWERS:
-            pool = TOWERS[module] + "/ave_pool"
-            layers += [pooling(pool, bottom, "AVE", 5, 3),
-                       *tower(TOWERS[module], pool, num_conv=32, num_fc=256, classes=100)]
-        if module in POOLED:
-            layers.append(pooling(POOLED[module], bottom, "MAX", 3, 2))
-            bottom = POOLED[module]
+    layers, bottom = googlenet_body(functools.partial(tower, num_conv=32, num_fc=256, classes=100),
+                                    divisor=4)
     return deploy([
         *layers,
         global_pooling("pool5", bottom),

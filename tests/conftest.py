@@ -17,7 +17,7 @@ SCENES: List[List[Tuple[str, bool]]] = [
     [("disc", False), ("disc", True)],
 ]
 
-# Threads of OpenCV do not survive the fork of processes.in_child, whose child would wait for them.
+# Threads of OpenCV do not survive the forks of the tests of databases, which would wait for them.
 cv2.setNumThreads(1)
 
 

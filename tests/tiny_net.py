@@ -3,7 +3,11 @@ import os
 import subprocess
 import sys
 import time
-from typing import Callable, List
+from typing import Callable, Dict, List
+
+import numpy as np
+
+from ddinit.prototxt import caffe_messages
 
 EXPERIMENTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "experiments")
 DEFINITION = """
@@ -29,6 +33,15 @@ def write(path) -> str:
     with open(path, "w") as file:
         file.write(DEFINITION)
     return str(path)
+
+
+def stored_weights(caffemodel) -> Dict[str, List[np.ndarray]]:
+    """The blobs of every layer in a caffemodel, read by protobuf alone."""
+    net = caffe_messages().NetParameter()
+    with open(caffemodel, "rb") as file:
+        net.ParseFromString(file.read())
+    return {layer.name: [np.array(blob.data, np.float32).reshape(tuple(blob.shape.dim))
+                         for blob in layer.blobs] for layer in net.layer if layer.blobs}
 
 
 def command(script: str, *arguments) -> List[str]:

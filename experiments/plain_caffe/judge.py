@@ -23,7 +23,7 @@ TINY = 1e-300
 
 
 def load_images(paths: Sequence[str], channels: int, height: int, width: int) -> np.ndarray:
-    """Return images (n, channels, height, width) less their mean colour, as the command does.
+    """Return images (n, channels, height, width) less their mean color, as the command does.
 
     The interpolation matters: images without the aliasing of OpenCV's default change the rates of
     first layers by 30 percent.

@@ -1,11 +1,13 @@
 """Declare and run what all commands share that train or test a net."""
 import argparse
 import os
+from typing import Any, Callable, Optional, Sequence, Tuple
 
 from ddinit import argument_types, processes
 from ddinit.argument_types import count, natural
 from ddinit.net import choose_device
 
+Adder = Callable[[argparse.ArgumentParser], Any]
 WRITTEN = "final.caffemodel, snapshots, log.csv, curve.png and run.json"
 
 
@@ -51,6 +53,19 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
     """Add --workers, --cpu and --gpu."""
     add_workers(parser)
     argument_types.add_device(parser)
+
+
+def parse(argv: Optional[Sequence[str]], program: str, description: str,
+          train: Tuple[str, Adder], test: Tuple[str, Adder]) -> argparse.Namespace:
+    """Return what a command line of a script asks for that has the commands train and test.
+
+    Each is a line of help and a function that adds the command's options.
+    """
+    parser = processes.Parser(prog=program, description=description.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (text, add_options) in (("train", train), ("test", test)):
+        add_options(commands.add_parser(name, help=text))
+    return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> int:

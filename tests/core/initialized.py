@@ -1,10 +1,11 @@
 """What the tests of the command share: images, small nets, what plain Caffe makes of results."""
 import json
 import os
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 import cv2
 import numpy as np
+from tiny_net import stored_weights
 from toy_nets import image_input, layer, net_of, parsed, squared_gradients
 
 import magic_init
@@ -143,15 +144,6 @@ def plain_outputs(prototxt: str, caffemodel: str, images: np.ndarray,
 
 def by_channel(outputs: np.ndarray) -> np.ndarray:
     return np.moveaxis(outputs, 1, 0).reshape(outputs.shape[1], -1)
-
-
-def stored_weights(caffemodel: str) -> Dict[str, List[np.ndarray]]:
-    """The blobs of every layer in a caffemodel, read by protobuf alone."""
-    net = caffe_messages().NetParameter()
-    with open(caffemodel, "rb") as file:
-        net.ParseFromString(file.read())
-    return {one.name: [np.array(blob.data, np.float32).reshape(tuple(blob.shape.dim))
-                       for blob in one.blobs] for one in net.layer if one.blobs}
 
 
 def rates_on(definition: str, caffemodel: str, images: np.ndarray,

@@ -14,7 +14,6 @@ from initialized import (
     TOY,
     by_channel,
     bytes_of,
-    here,
     own_data_layer,
     pixels,
     plain_outputs,
@@ -25,22 +24,13 @@ from initialized import (
     write_images,
 )
 from toy_nets import image_input, layer, working_net
+from written_database import write_database
 
-import image_database
 import magic_init
-from ddinit import processes
 
 FC = "inner_product_param { num_output: %d }"
 
-
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch):
-    monkeypatch.setattr(processes, "in_child", here)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(str(tmp_path_factory.mktemp("images")), 24)
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 def normal(outputs, names, beta=0.1, rtol=2e-3):
@@ -113,7 +103,7 @@ def data_layer(kind, folder, images):
     """The prototxt of a layer that feeds the images in batches of 4."""
     if kind == "LMDB":
         path = os.path.join(folder, "lmdb")
-        image_database.write_database(path, [(one, 0) for one in raw(images)])
+        write_database(path, [(one, 0) for one in raw(images)])
         return layer("data", "Data", "", "data label", "transform_param { mean_value: 104 "
                      "mean_value: 117 mean_value: 123 } data_param { source: '%s' batch_size: 4 "
                      "backend: LMDB }" % path)

@@ -68,12 +68,6 @@ class Pictures(caffe.Layer):
 '''
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """A pattern for 24 images."""
-    return write_images(str(tmp_path_factory.mktemp("images")), 24)
-
-
 @pytest.fixture
 def prototxt(tmp_path):
     """Write a definition; return its path."""

@@ -179,18 +179,14 @@ ABORTS = {
     "absent GPU": (TOY, ["--gpu", "7"], "GPU 7 cannot be used"),
 }
 RUN_ALL = """
-import json, sys, cv2, magic_init
-cv2.setNumThreads(1)
+import json, sys, magic_init
 sys.exit(any([magic_init.main(line) != 2 for line in json.loads(sys.argv[1])]))
 """
 
 
 @pytest.fixture(scope="module")
 def aborted(tmp_path_factory, images):
-    """The lines that all cases of ABORTS put out, each from a run in one process, and its folder.
-
-    A process of its own, because its children can fork as long as it has not loaded Caffe.
-    """
+    """The lines that all cases of ABORTS put out, run one after the other, and their folder."""
     folder = tmp_path_factory.mktemp("aborts")
     lines = []
     for number, (definition, options, _) in enumerate(ABORTS.values()):

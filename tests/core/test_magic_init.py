@@ -14,7 +14,6 @@ from initialized import (
     TOY,
     by_channel,
     bytes_of,
-    here,
     pixels,
     plain_outputs,
     rates_on,
@@ -26,23 +25,13 @@ from initialized import (
 )
 
 import magic_init
-from ddinit import processes
 from ddinit.prototxt import caffe_messages
 from ddinit.weights import KINDS
 from ddinit.within import normalization
 
 ROOT = os.path.dirname(os.path.abspath(magic_init.__file__))
 
-
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch):
-    monkeypatch.setattr(processes, "in_child", here)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """A pattern for 24 images."""
-    return write_images(str(tmp_path_factory.mktemp("images")), 24)
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture

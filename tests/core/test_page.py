@@ -8,18 +8,15 @@ from xml.etree import ElementTree
 import cv2
 import numpy as np
 import pytest
-from initialized import AFFINE, DATA, TOY, bytes_of, here, run, write_images
+from initialized import AFFINE, DATA, TOY, bytes_of, run, write_images
 from toy_nets import image_input, layer, working_net
 
 import magic_init
-from ddinit import page, processes
+from ddinit import page
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
-
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch):
-    monkeypatch.setattr(processes, "in_child", here)
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture(scope="module")

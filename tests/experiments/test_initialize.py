@@ -4,29 +4,22 @@ import os
 import numpy as np
 import pytest
 import tiny_net
+from tiny_net import stored_weights
 
 import initialize
 import magic_init
 from ddinit.images import read_image
-from ddinit.prototxt import build_net, caffe_messages, read_definition
+from ddinit.prototxt import build_net, read_definition
 from training import starts
 
 NONE, CALIBRATED = ["--no-within"], ["--calibrate"]
-
-
-def weights(path):
-    message = caffe_messages().NetParameter()
-    with open(path, "rb") as file:
-        message.ParseFromString(file.read())
-    return {layer.name: [np.array(blob.data).reshape(blob.shape.dim) for blob in layer.blobs]
-            for layer in message.layer if layer.blobs}
 
 
 def filled(tmp_path, method, seed=0):
     """What a method draws for the tiny net: conv1 (4, 3, 8, 8), fc2 (6, 196), fc3 (10, 6)."""
     path = str(tmp_path / ("%s.caffemodel" % method))
     starts.write_filled(tiny_net.write(tmp_path / "tiny.prototxt"), path, method, seed)
-    return weights(path)
+    return stored_weights(path)
 
 
 @pytest.fixture
@@ -72,7 +65,7 @@ def test_reference_weights_are_the_definitions_own_fillers(tmp_path):
         'num_output: 6 weight_filler { type: "gaussian" std: 3 } bias_filler { value: 7 }')
     (tmp_path / "own.prototxt").write_text(text)
     starts.write_filled(str(tmp_path / "own.prototxt"), str(tmp_path / "own"), "reference", 0)
-    weight, bias = weights(str(tmp_path / "own"))["fc2"]
+    weight, bias = stored_weights(str(tmp_path / "own"))["fc2"]
     assert weight.std() == pytest.approx(3, rel=0.1)
     assert (bias == 7).all()
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_net
 from google.protobuf import text_format
+from tiny_net import stored_weights
 
 import classify_voc
 import generate
@@ -24,14 +25,6 @@ MODELS = os.path.dirname(os.path.abspath(generate.__file__))
 def derived(model, classes=20):
     path = os.path.join(MODELS, model + ".prototxt")
     return nets.classifier(read_definition(path), 10, classes)
-
-
-def weights(path):
-    message = caffe_messages().NetParameter()
-    with open(path, "rb") as file:
-        message.ParseFromString(file.read())
-    return {layer.name: [np.array(blob.data).reshape(blob.shape.dim) for blob in layer.blobs]
-            for layer in message.layer if layer.blobs}
 
 
 def command(folder, start, *options):
@@ -164,7 +157,7 @@ def test_layers_of_the_weights_are_kept_but_the_last_and_those_from_random_from(
     net.save(str(first))
     assert trained(tmp_path / "all", *standing, start=first) == 0
     assert trained(tmp_path / "half", *standing, "--random-from", "drop1", start=first) == 0
-    kept, half = (weights(tmp_path / run / "final.caffemodel") for run in ("all", "half"))
+    kept, half = (stored_weights(tmp_path / run / "final.caffemodel") for run in ("all", "half"))
     assert set(kept) == {"conv1", "fc2", "fc3_voc"} and kept["fc3_voc"][0].shape == (2, 6)
     assert kept["conv1"][0] == pytest.approx(0.01) and kept["fc2"][0] == pytest.approx(0.02)
     assert half["conv1"][0] == pytest.approx(0.01) and half["fc2"][0].std() > 0.01
@@ -176,8 +169,8 @@ def test_weights_trained_here_go_on_with_their_last_layer(tmp_path, voc_folder):
     assert trained(tmp_path / "first", "--voc", voc_folder, iterations=3) == 0
     start = tmp_path / "first" / "final.caffemodel"
     assert trained(tmp_path / "next", "--voc", voc_folder, "--lr", 1e-12, start=start) == 0
-    assert weights(tmp_path / "next" / "final.caffemodel")["fc3_voc"][0] == pytest.approx(
-        weights(start)["fc3_voc"][0])
+    assert stored_weights(tmp_path / "next" / "final.caffemodel")["fc3_voc"][0] == pytest.approx(
+        stored_weights(start)["fc3_voc"][0])
 
 
 @pytest.mark.parametrize("options, complaint", [
@@ -241,7 +234,7 @@ def test_scores_are_averaged_over_crops_and_reported_by_class(tmp_path, voc_fold
 
 def _scored_by_hand(tmp_path, voc_folder, crops, seed):
     net = build_net(read_definition(str(tmp_path / "tiny.prototxt")))
-    trained_weights = weights(tmp_path / "run" / "final.caffemodel")
+    trained_weights = stored_weights(tmp_path / "run" / "final.caffemodel")
     for name in ("conv1", "fc2"):
         for blob, values in zip(net.params[name], trained_weights[name]):
             blob.data[...] = values

@@ -6,8 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
+from written_database import write_database
 
-import image_database
 import train_imagenet
 from ddinit import processes, results
 from ddinit.prototxt import build_net, caffe_messages, read_definition
@@ -42,7 +42,7 @@ def data(tmp_path_factory):
     rng = np.random.default_rng(6)
     for name, count in (("train", 30), ("val", 12)):
         noise = rng.integers(-40, 40, (count, 3, SIDE, SIDE))
-        image_database.write_database(str(folder / (name + ".lmdb")), [
+        write_database(str(folder / (name + ".lmdb")), [
             ((COLOURS[number % 3][:, None, None] + one).astype(np.uint8), number % 3)
             for number, one in enumerate(noise)])
     return folder
@@ -157,7 +157,7 @@ def test_nan_stops_with_the_iteration_and_one_line(data, tmp_path, capsys):
 
 
 def test_a_label_beyond_the_classes_is_named(tmp_path):
-    image_database.write_database(str(tmp_path / "train.lmdb"), [
+    write_database(str(tmp_path / "train.lmdb"), [
         (np.zeros((3, 8, 8), np.uint8), label) for label in [7] * 20])
     database = LmdbImages(str(tmp_path / "train.lmdb"), 3)
     with pytest.raises(ValueError, match="the label is 7, but there are 3 classes"):

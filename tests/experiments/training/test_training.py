@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_net
 from google.protobuf import text_format
+from tiny_net import stored_weights
 
 from ddinit import processes
 from ddinit.prototxt import caffe_messages
@@ -52,14 +53,6 @@ def trained(folder, iterations, **options):
     """Train the net on random data in this process, where nothing of it aborts."""
     given = {"net": net(), "solver": solver(), **options}
     return loop.train(Plan(folder=str(folder), iterations=iterations, **given))
-
-
-def weights(path):
-    message = caffe_messages().NetParameter()
-    with open(path, "rb") as file:
-        message.ParseFromString(file.read())
-    return {layer.name: [np.array(blob.data) for blob in layer.blobs]
-            for layer in message.layer if layer.blobs}
 
 
 def log_without_seconds(folder):
@@ -121,7 +114,7 @@ def test_an_unknown_policy_is_an_error_that_names_it():
 def test_measurements_are_made_at_0_every_n_and_at_the_end_with_the_weights_of_then(tmp_path):
     outcome = trained(tmp_path / "run", 5, measurement=_measurement())
     assert [row["iteration"] for row in outcome.measured] == [0, 2, 4, 5]
-    bias = weights(tmp_path / "run" / "final.caffemodel")["fc3"][1]
+    bias = stored_weights(tmp_path / "run" / "final.caffemodel")["fc3"][1]
     assert outcome.measured[0]["bias"] == 0
     assert outcome.measured[-1]["bias"] == pytest.approx(float(np.abs(bias).sum()), rel=1e-6)
 
@@ -143,7 +136,7 @@ def test_folded_weights_are_in_every_file_and_unfolded_ones_are_trained(tmp_path
     _forget_after(tmp_path / "resumed", 3)
     trained(tmp_path / "resumed", 6, snapshot_every=3, folding=_folding(), resume=True)
     for name in ("final.caffemodel", "snapshot_6.caffemodel"):
-        plain, folded = (weights(tmp_path / run / name) for run in ("plain", "folded"))
+        plain, folded = (stored_weights(tmp_path / run / name) for run in ("plain", "folded"))
         assert (plain["fc3"][0] * 4 == folded["fc3"][0]).all()
         assert (plain["fc2"][0] == folded["fc2"][0]).all()
         assert content(tmp_path / "resumed" / name) == content(tmp_path / "folded" / name)
@@ -179,7 +172,7 @@ def test_weights_are_loaded_but_for_fresh_layers(tmp_path):
     trained(tmp_path / "first", 3)
     start = str(tmp_path / "first" / "final.caffemodel")
     trained(tmp_path / "next", 1, weights=start, fresh=["fc3"], solver=_standing_still())
-    before, after = weights(start), weights(tmp_path / "next" / "final.caffemodel")
+    before, after = stored_weights(start), stored_weights(tmp_path / "next" / "final.caffemodel")
     assert (before["fc2"][0] == after["fc2"][0]).all()
     assert not (before["fc3"][0] == after["fc3"][0]).any()
     record = json.loads(content(tmp_path / "next" / "run.json"))
