@@ -39,6 +39,14 @@ def finite(text: str) -> float:
     return number
 
 
+def not_negative(text: str) -> float:
+    """Return a number from 0 to 1e6."""
+    number = finite(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("'%s' is below 0" % text)
+    return number
+
+
 def fraction(text: str) -> float:
     """Return a number above 0 up to 1."""
     number = positive(text)

@@ -5,7 +5,8 @@
         --start 'another tool=build/others/seed{seed}.caffemodel'
 
 It trains a small net in CaffeNet's image from every row of experiments/study.yaml, at several
-learning rates. Images that are held back from training choose the rate; the test images choose
+learning rates. As in the authors' released evaluation, the last layer is drawn anew in all rows but
+those that keep it. Images that are held back from training choose the rate; the test images choose
 nothing. OUT/study.json holds every trial, OUT/study.csv and study.md the means and standard errors
 over seeds, and OUT/table1.png and table2.png the learning curves. Trials that have ended are not
 repeated when the command is given again, and others continue.
@@ -37,7 +38,8 @@ GAMMA = 0.5  # the learning rate is halved
 class Row(NamedTuple):
     """A row of the result in one column, which is a net and a solver.
 
-    weights   pattern of the caffemodels of another tool, with {seed}; None: those of `method`
+    weights    pattern of the caffemodels of another tool, with {seed}; None: those of `method`
+    keep_last  whether the last layer starts as initialized, and is not drawn anew
     """
 
     name: str
@@ -48,6 +50,7 @@ class Row(NamedTuple):
     literal: bool = False
     output_std: Optional[float] = None
     weights: Optional[str] = None
+    keep_last: bool = False
 
 
 class Study(NamedTuple):
@@ -109,7 +112,8 @@ def rows_of(settings: Dict[str, Any], starts: Sequence[Sequence[str]]) -> List[R
     Raises ValueError naming a file that does not exist.
     """
     rows = [Row(name, column, row["method"], row["scaling"], row["tables"],
-                row.get("literal", False), row.get("output_std"))
+                row.get("literal", False), row.get("output_std"),
+                keep_last=row.get("keep_last", False))
             for name, row in settings["rows"].items()
             for column in row.get("columns", ["SGD"]) if column in settings["columns"]]
     for name, pattern in starts:
@@ -175,8 +179,9 @@ def trial(study: Study, row: Row, rate: float, seed: int) -> Dict[str, Any]:
     folder = os.path.join(study.out, "trials", row.name, row.column, "lr%g" % rate,
                           "seed%d" % seed)
     images = os.path.join(study.out, "data")
+    last = [] if row.keep_last else ["--last-std", settings["last_std"]]
     outcome = runs.trained(study.runner, folder, runs.script(
-        "train_imagenet.py", definition, weights, folder,
+        "train_imagenet.py", definition, weights, folder, *last,
         "--train", os.path.join(images, "train.npz"),
         "--val", os.path.join(images, "validation.npz"),
         "--test", os.path.join(images, "test.npz"), "--classes", study.classes,

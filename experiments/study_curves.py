@@ -109,7 +109,7 @@ def trial(runner: Runner, curve: Curve, seed: int, arguments: argparse.Namespace
             runner, os.path.join(arguments.out, "start", name), definition, "--method",
             curve.method, "--data", os.path.join(images, "images"), "--images", IMAGES, "--seed",
             seed)
-        last = ["--zero-last"]
+        last = ["--last-std", "0"]
     folder = os.path.join(arguments.out, "runs", name)
     outcome = runs.trained(runner, folder, runs.script(
         "train_imagenet.py", definition, weights, folder, *last, "--classes", CLASSES,

@@ -3,7 +3,7 @@
     python experiments/train_imagenet.py models/caffenet/deploy.prototxt none build/reference \\
         --train build/train.lmdb --val build/val.lmdb
     python experiments/train_imagenet.py models/googlenet/deploy.prototxt kmeans.caffemodel \\
-        build/kmeans --preset googlenet --zero-last --train build/train.lmdb --val build/val.lmdb
+        build/kmeans --preset googlenet --last-std 0 --train build/train.lmdb --val build/val.lmdb
 
 The presets are the solvers of the paper. caffenet: SGD at a rate of 0.01, times 0.1 every 100,000
 of 320,000 iterations, momentum 0.9, weight decay 5e-4, batches of 256. googlenet: Caffe's 'quick'
@@ -24,7 +24,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 from google.protobuf import text_format
 
 from ddinit import files, processes, results
-from ddinit.argument_types import count, positive
+from ddinit.argument_types import count, not_negative, positive
 from ddinit.caffemodel import load_weights
 from ddinit.prototxt import build_net, caffe_messages, read_definition
 from imagenet import nets
@@ -70,7 +70,7 @@ def run_training(arguments: argparse.Namespace, gpu: Optional[int]) -> int:
 def training_plan(arguments: argparse.Namespace, gpu: Optional[int], validation: Scores) -> Plan:
     """Return the plan of a training run."""
     net = nets.classifier(read_definition(arguments.net), arguments.batch_size, arguments.classes,
-                          arguments.zero_last)
+                          arguments.last_std)
     data = {"path": os.path.abspath(arguments.train), "classes": arguments.classes}
     source = image_source_layer("data", (net.image.blob, "label"), dataset_of(arguments.train),
                                 data, crops_of(net, arguments), arguments.batch_size,
@@ -85,7 +85,7 @@ def training_plan(arguments: argparse.Namespace, gpu: Optional[int], validation:
         net=nets.training_definition(net, source), solver=solver, folder=arguments.folder,
         iterations=arguments.iterations, seed=arguments.seed,
         weights=None if arguments.weights == "none" else arguments.weights,
-        fresh=net.last_layers if arguments.zero_last else [],
+        fresh=[] if arguments.last_std is None else net.last_layers,
         snapshot_every=arguments.snapshot, resume=arguments.resume, gpu=gpu,
         settings=settings(arguments, solver), measurement=Measurement(
             nets.validation_definition(validation.net), arguments.validate_every, measure))
@@ -131,7 +131,7 @@ def settings(arguments: argparse.Namespace, solver: Any) -> Dict[str, Any]:
             "definition_sha256": run_folder.sha256(arguments.net),
             "solver": text_format.MessageToString(solver),
             "train_images": len(dataset.labels), "classes": arguments.classes,
-            "batch_size": arguments.batch_size, "zero_last": arguments.zero_last,
+            "batch_size": arguments.batch_size, "last_std": arguments.last_std,
             "mean": list(arguments.mean), "validate_every": arguments.validate_every}
 
 
@@ -173,8 +173,9 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     solver.add_argument("--preset", choices=sorted(PRESETS), default="caffenet",
                         help="solver of the paper for this net (default: %(default)s)")
     solver.add_argument("--solver", metavar="FILE.prototxt", help="another solver")
-    add("--zero-last", action="store_true", help="let the classification layers start at 0, as "
-        "the paper does for its own initializations")
+    add("--last-std", type=not_negative, metavar="STD", help="draw the weights of the "
+        "classification layers anew from N(0, STD^2), with biases of 0. The paper takes 0 for its "
+        "own initializations (section 4.5)")
     add("--iterations", type=count, metavar="N", help="default: max_iter of the solver")
     add("--batch-size", type=count, metavar="N", help="images (default: that of the preset)")
     add("--lr", type=positive, metavar="RATE",

@@ -4,7 +4,7 @@ What feeds a definition and what scores it is taken off. Every output gets a sof
 before the last count 0.3 times (Szegedy et al. 2015). The training accuracy is computed beside
 them.
 """
-from typing import Any, List, NamedTuple
+from typing import Any, List, NamedTuple, Optional
 
 import numpy as np
 
@@ -48,12 +48,12 @@ def softmax_loss(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.log(np.exp(rows).sum(axis=1)) - of_label
 
 
-def classifier(definition: Any, batch_size: int, classes: int, zero_last: bool = False,
-               ) -> Classifier:
+def classifier(definition: Any, batch_size: int, classes: int,
+               last_std: Optional[float] = None) -> Classifier:
     """Return the net up to its outputs, each with scores for `classes` classes.
 
-    With `zero_last`, the layers that compute them start at 0 (section 4.5). Raises ValueError
-    naming an output that no affine layer computes.
+    With `last_std`, the layers that compute them start with weights from N(0, last_std^2) and
+    biases of 0. Raises ValueError naming an output that no affine layer computes.
     """
     layers, image = image_layers(definition, batch_size)
     assert image is not None  # because we asked for a batch size
@@ -68,10 +68,11 @@ def classifier(definition: Any, batch_size: int, classes: int, zero_last: bool =
                              % (output, last.name, last.type))
         parameters = getattr(last, AFFINE[last.type])
         parameters.num_output = classes
-        if zero_last:
-            for filler in (parameters.weight_filler, parameters.bias_filler):
+        if last_std is not None:
+            for filler, std in ((parameters.weight_filler, last_std), (parameters.bias_filler, 0)):
                 filler.Clear()
-                filler.type, filler.value = "constant", 0
+                filler.type = "gaussian" if std else "constant"  # Caffe refuses a std of 0
+                filler.std = std
         last_layers.append(last.name)
     return Classifier(kept, image, outputs, last_layers)
 

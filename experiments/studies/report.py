@@ -52,7 +52,8 @@ def paper(row: Any) -> Optional[float]:
     method = "ours-gaussian" if row.method == "gaussian" else row.method
     wanted = ("classification", net, method, row.scaling, solver)
     selected = [cell.paper for number in row.tables for cell in TABLES["table%d" % number].cells
-             if tuple(cell.run) == wanted and not row.literal and row.output_std is None]
+             if tuple(cell.run) == wanted
+                and not (row.literal or row.keep_last or row.output_std)]
     return selected[0] if selected else None
 
 

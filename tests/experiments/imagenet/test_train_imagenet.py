@@ -184,17 +184,20 @@ def test_presets_are_the_papers(data, preset, iterations, rates):
         assert loop.learning_rate(solver, iteration, iterations) == pytest.approx(rate)
 
 
-def test_zero_last_makes_every_classifier_start_at_0_and_not_be_loaded(data):
-    arguments = completed(options(data, "out", "--zero-last"))
+@pytest.mark.parametrize("std, filled", [("0", "constant"), ("0.01", "gaussian")])
+def test_last_std_draws_every_classifier_anew_and_does_not_load_it(data, std, filled):
+    arguments = completed(options(data, "out", "--last-std", std))
     arguments.weights = "some.caffemodel"
     validation = train_imagenet.scores(arguments, arguments.val)
     plan = train_imagenet.training_plan(arguments, None, validation)
     assert plan.fresh == ["side", "main"]
     for layer in plan.net.layer:
         if layer.name in plan.fresh:
-            for filler in (layer.inner_product_param.weight_filler,
-                           layer.inner_product_param.bias_filler):
-                assert (filler.type, filler.value) == ("constant", 0)
+            weights, biases = (layer.inner_product_param.weight_filler,
+                               layer.inner_product_param.bias_filler)
+            assert (weights.type, weights.value) == (filled, 0)
+            assert weights.std == pytest.approx(float(std))
+            assert (biases.type, biases.value) == ("constant", 0)
             assert layer.inner_product_param.num_output == 3
 
 

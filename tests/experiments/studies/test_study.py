@@ -27,7 +27,8 @@ def config(tmp_path):
     base = {
         "nets": {"caffenet": "tiny.prototxt"}, "validation_images": 3,
         "initialization_images": 6, "epochs": 2, "parts": 2, "batch_size": 4, "pad": 2,
-        "validations": 2, "solvers": {"SGD": {"momentum": 0.9}, "Adam": {"momentum2": 0.99}},
+        "validations": 2, "last_std": 0.01,
+        "solvers": {"SGD": {"momentum": 0.9}, "Adam": {"momentum2": 0.99}},
         "learning_rates": {"SGD": [0.001, 0.01], "Adam": [0.001]}, "widen": 0, "finalists": 1,
         "seeds": [0, 5], "columns": ["SGD"], "rows": {"Ours": OURS}}
 
@@ -213,6 +214,7 @@ def test_the_table_shows_mean_and_error_of_the_chosen_rate_and_the_papers_number
     (Row("x", "SGD", "gaussian", "none", [1, 2]), 50.8),
     (Row("x", "SGD", "msra", "none", [2]), 43.3),
     (Row("x", "SGD", "ours-kmeans", "both", [2], literal=True), None),
+    (Row("x", "SGD", "ours-kmeans", "both", [2], keep_last=True), None),
     (Row("x", "SGD", "from files", "none", [2]), None)])
 def test_the_papers_numbers_are_those_of_its_tables(row, number):
     assert report.paper(row) == number
@@ -229,7 +231,8 @@ def test_a_study_writes_its_results_and_repeats_nothing(tmp_path, small_images, 
         processes.in_child(write_weights, str(tmp_path / "tiny.prototxt"),
                            str(tmp_path / ("other%d.caffemodel" % seed)))
     path = config(rows={"Ours": OURS, "Adam too": {
-        "method": "reference", "scaling": "none", "tables": [1], "columns": ["Adam"]}},
+        "method": "reference", "scaling": "none", "tables": [1], "columns": ["Adam"],
+        "keep_last": True}},
         columns=["SGD", "Adam"])
     command = ["--data", small_images, "--out", str(out), "--config", path, "--jobs", "2",
                "--start", "Other=%s/other{seed}.caffemodel" % tmp_path]
@@ -246,6 +249,7 @@ def test_a_study_writes_its_results_and_repeats_nothing(tmp_path, small_images, 
         assert 0 <= one["test_accuracy"] <= 1
         curve = results.read_json(str(out / one["folder"] / "run.json"))
         assert curve["iteration"] == found["iterations"] == 2 * 12 // 4
+        assert curve["repeat"]["last_std"] == (None if one["row"] == "Adam too" else 0.01)
     with open(out / "study.csv", newline="") as file:
         rows = {row["row"]: row for row in csv.DictReader(file)}
     assert (rows["Ours"]["trials"], rows["Ours"]["tables"]) == ("2", "1 2")

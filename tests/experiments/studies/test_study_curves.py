@@ -29,7 +29,7 @@ def test_the_figures_in_small_from_arrays_to_table(small_images, tmp_path, monke
         for value in ("loss", "error")}
     path = out / "runs" / "caffenet_cifar_ours-gaussian_0" / "run.json"
     record = results.read_json(str(path))
-    assert record["repeat"]["zero_last"]
+    assert record["repeat"]["last_std"] == 0
     assert 'lr_policy: "fixed"' in record["solver"]
     assert "base_lr: 0.00125" in record["solver"]  # 0.01 times the root of 4 over 256
     before = os.stat(path).st_mtime_ns
