@@ -287,8 +287,8 @@ def rescale_exactly(session: Session, rng: np.random.Generator, options: Options
     in a net of the changed definition where it has to change.  The session goes on with that.  A
     net from scratch stays as it is if it needs no auxiliary Power layer.
     """
-    rates = measure(session.working, session.batches, session.rate_batches(), rng,
-                    literal=options.literal)
+    numbers = session.rate_batches()[-between.LAST_BATCHES:]
+    rates = measure(session.working, session.batches, numbers, rng, literal=options.literal)
     graph = ScaleGraph(session.working)
     solution = between.solve(graph, rates, [one.layer.name for one in graph.affine])
     if from_scratch and not solution.auxiliary:
