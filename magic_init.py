@@ -73,19 +73,18 @@ def work(arguments: argparse.Namespace, output: Optional[str]) -> Result:
     with net.blas_threads(session.working):
         done = initialize_session(session, arguments, fresh, rng)
         clock.lap("within layers")
-        found = calibrated(session, arguments, done, rng)
+        calibration = calibrated(session, arguments, done, rng)
         clock.lap("between layers")
     if output is not None:
         session.working.net.save(output)
     clock.lap("saved")
-    layers = records(session, done, found.statistics)
-    return Result(layers,
-                  found.before.by_layer(), found.after.by_layer(),
-                  found.before.variation(), found.after.variation(),
-                  session.count * session.batches.size, notes(session, fresh), list(found.changes),
-                  None if found.definition is None else text_format.MessageToString(
-                      found.definition), found.difference, clock.seconds,
-                  page.filters_png(session.working),
+    layers = records(session, done, calibration.statistics)
+    before, after, changed = calibration.before, calibration.after, calibration.definition
+    return Result(layers, before.by_layer(), after.by_layer(), before.variation(),
+                  after.variation(), session.count * session.batches.size, notes(session, fresh),
+                  list(calibration.changes),
+                  None if changed is None else text_format.MessageToString(changed),
+                  calibration.difference, clock.seconds, page.filters_png(session.working),
                   results.provenance(arguments.seed, arguments.argv))
 
 
@@ -95,7 +94,7 @@ def calibrated(session: Session, arguments: argparse.Namespace, done: Sequence[I
     if arguments.calibrate:
         options = Options(arguments.alpha, arguments.iterations, arguments.literal,
                           arguments.output_std)
-        loaded = any(one.weights == "loaded" for one in done)
+        loaded = any(layer.weights == "loaded" for layer in done)
         return calibrate_session(session, rng, loaded, options)
     statistics: Dict[str, Statistics] = {}
     rates = session.measured(range(session.count), rng, arguments.literal, statistics)
@@ -141,12 +140,12 @@ def records(session: Session, done: Sequence[Initialized],
             statistics: Dict[str, Statistics]) -> List[LayerRecord]:
     """Return what was done to each layer, and what it puts out."""
     layers = {layer.name: layer for layer in session.working.affine}
-    made = []
+    entries = []
     for name, weights, constant in done:
         mean, variance = statistics[name].overall()
-        made.append(LayerRecord(name, layers[name].type, weights, layers[name].weights.size, mean,
-                                float(np.sqrt(variance)), constant))
-    return made
+        entries.append(LayerRecord(name, layers[name].type, weights, layers[name].weights.size,
+                                   mean, float(np.sqrt(variance)), constant))
+    return entries
 
 
 def notes(session: Session, fresh: Any) -> List[str]:
@@ -186,44 +185,44 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.data = images.find_images(arguments.data)
     arguments.device = net.choose_device(arguments.cpu, arguments.gpu)
     if arguments.inspect:
-        found = processes.in_child(work, arguments, None)
+        result = processes.in_child(work, arguments, None)
     else:
         with files.replacing(arguments.output) as temporary:
-            found = processes.in_child(work, arguments, temporary)
-            if found.difference is not None and not found.difference <= TOLERANCE \
+            result = processes.in_child(work, arguments, temporary)
+            if result.difference is not None and not result.difference <= TOLERANCE \
                     and not arguments.force:
                 raise ValueError("the rescaled net's outputs differ by %.2g of their std (more "
                                  "than %g): nothing was written; --force writes all the same"
-                                 % (found.difference, TOLERANCE))
-            if found.definition is not None and beside is not None:
+                                 % (result.difference, TOLERANCE))
+            if result.definition is not None and beside is not None:
                 with files.replacing(beside) as name, open(name, "w", encoding="utf-8") as file:
                     file.write(caffemodel.mark(temporary) + "".join(
-                        "# %s\n" % line for line in found.changes) + found.definition)
-    found.seconds["in all"] = time.perf_counter() - started
-    _tell(found, arguments, beside)
-    content = report.as_json(found, arguments)
+                        "# %s\n" % line for line in result.changes) + result.definition)
+    result.seconds["in all"] = time.perf_counter() - started
+    _tell(result, arguments, beside)
+    content = report.as_json(result, arguments)
     if arguments.report:
-        report.write(arguments.report, content, found.filters)
+        report.write(arguments.report, content, result.filters)
 
 
-def _tell(found: Result, arguments: argparse.Namespace, beside: Optional[str]) -> None:
+def _tell(result: Result, arguments: argparse.Namespace, beside: Optional[str]) -> None:
     """Print the table of layers, and log what else a user should know."""
-    for note in found.notes + found.changes:
+    for note in result.notes + result.changes:
         log.info("%s", note)
     if not arguments.quiet:
-        print("\n".join(report.table(found)))
-    if found.difference is not None:
+        print("\n".join(report.table(result)))
+    if result.difference is not None:
         log.info("on images held back, outputs differ by %.2g of their std from before",
-                 found.difference)
+                 result.difference)
     if arguments.inspect or beside is None:
         return
     written = [arguments.output]
-    if found.definition is not None:
+    if result.definition is not None:
         written.append(beside)
     elif os.path.exists(beside):
         log.warning("%s is from another run: this one needs no changed definition", beside)
-    log.info("wrote %s from %d images in %.1f s", " and ".join(written), found.images,
-             found.seconds["in all"])
+    log.info("wrote %s from %d images in %.1f s", " and ".join(written), result.images,
+             result.seconds["in all"])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -340,7 +339,7 @@ def _check_outputs(arguments: argparse.Namespace, beside: Optional[str]) -> None
         files.check_writable(path)
         if os.path.realpath(path) in used:
             raise ValueError("%s would be written over another file of this command" % path)
-        used.update(os.path.realpath(one) for one in (path, arguments.load) if one)
+        used.update(os.path.realpath(name) for name in (path, arguments.load) if name)
 
 
 if __name__ == "__main__":

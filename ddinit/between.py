@@ -259,10 +259,10 @@ class _Problem:
         start, basis = self.start(auxiliary), self._basis(auxiliary)
         if not basis.shape[1] or not self.live.any():
             return start
-        found = scipy.optimize.least_squares(
+        fit = scipy.optimize.least_squares(
             lambda free: self._residuals(start + basis @ free), basis.T @ (near - start),
             lambda free: self._jacobian(start + basis @ free) @ basis, max_nfev=50)
-        return start + basis @ found.x
+        return start + basis @ fit.x
 
     def gains(self, x: np.ndarray, auxiliary: Sequence[str],
               names: Sequence[str]) -> Dict[str, float]:
@@ -367,7 +367,7 @@ def apply_to_weights(graph: ScaleGraph, log_scales: np.ndarray) -> None:
             layer.blobs[1].data[...] *= np.float32(np.exp(value(scaled.weight_scale, log_scales)))
         done.update(address(blob) for blob in layer.blobs)
     for layer in graph.working.layers:
-        if layer.name in graph.adjusted and done.isdisjoint(address(one) for one in layer.blobs):
+        if layer.name in graph.adjusted and done.isdisjoint(address(blob) for blob in layer.blobs):
             scale = np.exp(value(graph.adjusted[layer.name], log_scales))
             if layer.type == "BatchNorm":
                 layer.blobs[0].data[...] *= np.float32(scale)

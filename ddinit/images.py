@@ -29,30 +29,30 @@ def find_images(wanted: Union[str, "os.PathLike[str]", Sequence[Any]]) -> List[s
     if not isinstance(wanted, str):
         if not len(wanted):
             raise ValueError("the list of images is empty")
-        return [path for one in wanted for path in find_images(one)]
+        return [path for pattern in wanted for path in find_images(pattern)]
     if os.path.isfile(wanted):
         return _listed(wanted) if wanted.endswith(LISTS) else [wanted]
     pattern = os.path.join(glob.escape(wanted), "*") if os.path.isdir(wanted) else wanted
-    found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-    if not found:
+    paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    if not paths:
         raise ValueError("%s: no images there" % pattern)
-    return found
+    return paths
 
 
 def _listed(path: str) -> List[str]:
     """Return the images that a list file names."""
     folder = os.path.dirname(path)
-    found = []
+    paths = []
     for line in filter(None, map(str.strip, read_text(path).splitlines())):
         names = [line] + line.rsplit(None, 1)[:1]  # without a label behind it
         places = [os.path.join(start, name) for name in names for start in ("", folder)]
         there = next((place for place in places if os.path.isfile(place)), None)
         if there is None:
             raise ValueError("%s: its image %s is not there" % (path, line))
-        found.append(there)
-    if not found:
+        paths.append(there)
+    if not paths:
         raise ValueError("%s: the list names no images" % path)
-    return found
+    return paths
 
 
 def read_image(path: str, height: int, width: int, grey: bool = False) -> np.ndarray:

@@ -99,7 +99,7 @@ class WorkingNet:
         self.separable = separable(definition.layer)
 
     def _read_layers(self) -> List[Layer]:
-        net, own = self.net, list(self.definition.layer)
+        net, unsplit = self.net, list(self.definition.layer)
         original: Dict[str, str] = {}
         layers = []
         for index, name in enumerate(net._layer_names):
@@ -107,8 +107,8 @@ class WorkingNet:
                              for blobs in (net._bottom_ids, net._top_ids))
             bottoms = [original.get(blob, blob) for blob in bottoms]
             parameters = None
-            if own and own[0].name == name:
-                parameters = own.pop(0)
+            if unsplit and unsplit[0].name == name:
+                parameters = unsplit.pop(0)
             else:  # a Split that Caffe put in
                 original.update((top, bottoms[0]) for top in tops)
                 tops = []
@@ -150,7 +150,7 @@ class WorkingNet:
     def shared_with(self, layer: Layer) -> Optional[str]:
         """Return the first layer with the same weights (`param { name }`), None for that itself."""
         weights = address(layer.blobs[0])
-        owner = next(one for one in self.affine if address(one.blobs[0]) == weights)
+        owner = next(layer for layer in self.affine if address(layer.blobs[0]) == weights)
         return None if owner is layer else owner.name
 
     def in_channels(self, layer: Layer) -> int:

@@ -75,9 +75,9 @@ def filters_png(working: WorkingNet) -> bytes:
     peak = np.abs(weights).max(axis=(1, 2, 3), keepdims=True)
     grey = 127.5 + 127.5 * weights / np.where(peak > 0, peak, 1)
     picture = np.full((rows * (height + 1) + 1, across * (width + 1) + 1, depth), 255, np.uint8)
-    for number, one in enumerate(grey):
+    for number, filter_ in enumerate(grey):
         y, x = number // across * (height + 1) + 1, number % across * (width + 1) + 1
-        picture[y:y + height, x:x + width] = one.transpose(1, 2, 0)
+        picture[y:y + height, x:x + width] = filter_.transpose(1, 2, 0)
     done, encoded = cv2.imencode(".png", picture)
     return bytes(encoded) if done else b""
 
@@ -190,12 +190,12 @@ def _number(value: Optional[float]) -> str:
 
 
 def _changes(content: Dict[str, Any]) -> str:
-    said = content["changes"] + content["notes"]
-    if not said:
+    lines = content["changes"] + content["notes"]
+    if not lines:
         return "<p>The definition stays as it is.</p>"
     heading = "What changed in the definition" if content["changes"] else "Notes"
     return "<h2>%s</h2><ul>%s</ul>" % (heading, "".join(
-        "<li>%s</li>" % html.escape(line) for line in said))
+        "<li>%s</li>" % html.escape(line) for line in lines))
 
 
 def _origin(content: Dict[str, Any]) -> str:

@@ -130,13 +130,13 @@ def _net_of_solver(solver: Any, path: str) -> Any:
     if not name:
         raise ValueError("%s: a solver's definition, and it names no net" % path)
     beside = os.path.join(os.path.dirname(path), name)
-    found = next((one for one in (name, beside, os.path.join(os.path.dirname(path),
-                  os.path.basename(name))) if os.path.isfile(one)), None)
-    if found is None or os.path.samefile(found, path):
+    net = next((place for place in (name, beside, os.path.join(os.path.dirname(path),
+                  os.path.basename(name))) if os.path.isfile(place)), None)
+    if net is None or os.path.samefile(net, path):
         raise ValueError("%s: a solver's definition, and its net %s is not there: give the net's "
                          "prototxt instead" % (path, name))
-    log.info("%s is a solver's definition: taking its net %s", path, found)
-    return read_definition(found)
+    log.info("%s is a solver's definition: taking its net %s", path, net)
+    return read_definition(net)
 
 
 def write_definition(definition: Any, path: str, comment: str = "") -> None:
@@ -349,14 +349,14 @@ def _scale_apart(layers: Sequence[Any], fed: Sequence[str]) -> None:
         if layer.type != "Scale" or layer.bottom[0] not in layer.top:
             continue
         before, after = layers[:position], layers[position:]
-        own = unused(layer.bottom[0] + "_unscaled", taken)
+        unscaled = unused(layer.bottom[0] + "_unscaled", taken)
         if layer.bottom[0] in fed:
             below = layer.bottom[0]
-            rename_blob(after, below, own)
+            rename_blob(after, below, unscaled)
             layer.bottom[0] = below
         else:
-            rename_blob(before, layer.bottom[0], own)
-            layer.bottom[0] = own
+            rename_blob(before, layer.bottom[0], unscaled)
+            layer.bottom[0] = unscaled
 
 
 def rename_blob(layers: Iterable[Any], old: str, new: str) -> None:
@@ -401,23 +401,23 @@ def _check_bottoms(layers: Iterable[Any], definition: Any) -> None:
 
     Scores may: deploy definitions have no labels.
     """
-    made = {top for layer in definition.layer for top in layer.top}
+    computed = {top for layer in definition.layer for top in layer.top}
     for layer in layers:
         for bottom in layer.bottom:
-            if bottom not in made and not _is_score(layer):
+            if bottom not in computed and not _is_score(layer):
                 raise ValueError("layer '%s': no layer makes its bottom '%s'"
                                  % (layer.name, bottom))
 
 
 def _without_scores(layers: List[Any], fed: Set[str]) -> List[Any]:
-    """Return the layers that are neither scores nor work on blobs that only cut layers made.
+    """Return the layers that are neither scores nor work on blobs that only cut layers make.
 
     Raises ValueError where a layer mixes the two kinds of blobs.
     """
     kept: List[Any] = []
-    made = set(fed)
+    computed = set(fed)
     for layer in layers:
-        missing = [bottom for bottom in layer.bottom if bottom not in made]
+        missing = [bottom for bottom in layer.bottom if bottom not in computed]
         if _is_score(layer) or (missing and len(missing) == len(layer.bottom)):
             continue
         if missing and layer.type == "Python" and not any(
@@ -427,7 +427,7 @@ def _without_scores(layers: List[Any], fed: Set[str]) -> List[Any]:
             raise ValueError("layer '%s': images alone do not give its bottom '%s'"
                              % (layer.name, missing[0]))
         kept.append(layer)
-        made.update(layer.top)
+        computed.update(layer.top)
     while True:
         ends = set(output_blobs(kept))
         last = [layer for layer in kept if layer.type in LAST_ONLY and set(layer.top) <= ends]
@@ -466,7 +466,7 @@ def _image_input(layers: List[Any], batch_size: int,
     """Return the one blob to feed images to, and the source layers that go: all but generators
     that other layers read."""
     sources = [layer for layer in layers if is_source(layer)]
-    found: List[Input] = []
+    inputs: List[Input] = []
     unfit: List[Input] = []
     for layer in sources:
         if layer.type == "ContinuationIndicator":
@@ -474,17 +474,18 @@ def _image_input(layers: List[Any], batch_size: int,
         for number, top in enumerate(layer.top if layer.type == "Input" else layer.top[:1]):
             shape = _source_shape(layer, number, size)
             if len(shape) == 4 and shape[1] in (1, 3):
-                found.append(Input(top, tuple(shape)))
+                inputs.append(Input(top, tuple(shape)))
             elif layer.type == "Input" and _read_by_kept_layers(top, layers):
                 unfit.append(Input(top, tuple(shape)))
-    if len(found) != 1 or unfit:
+    if len(inputs) != 1 or unfit:
         raise ValueError("images need exactly one input blob with 1 or 3 channels, this net has %s"
                          % (", ".join("'%s' %s" % (blob, list(shape))
-                                      for blob, shape in found + unfit) or "none"))
+                                      for blob, shape in inputs + unfit) or "none"))
     replaced = [layer for layer in sources if layer.type not in GENERATORS
-                or found[0].blob in layer.top
+                or inputs[0].blob in layer.top
                 or not any(_read_by_kept_layers(top, layers) for top in layer.top)]
-    return Input(found[0].blob, (batch_size or found[0].shape[0],) + found[0].shape[1:]), replaced
+    image = inputs[0]
+    return image._replace(shape=(batch_size or image.shape[0],) + image.shape[1:]), replaced
 
 
 def _read_by_kept_layers(blob: str, layers: List[Any]) -> bool:
@@ -562,18 +563,18 @@ def check_types(definition: Any) -> None:
     imports the Python modules that the definition names, as Caffe is about to do.
     """
     known = set(import_caffe().layer_type_list())
-    made: Set[str] = set()
+    computed: Set[str] = set()
     for layer in definition.layer:
         if layer.type not in known:
             raise ValueError("layer '%s': this Caffe has no layer type '%s'"
                              % (layer.name, layer.type))
         if layer.type == "Python":
             _check_python(layer)
-        missing = [bottom for bottom in layer.bottom if bottom not in made]
+        missing = [bottom for bottom in layer.bottom if bottom not in computed]
         if missing:
             raise ValueError("layer '%s': no layer before it makes its bottom '%s'"
                              % (layer.name, missing[0]))
-        made.update(layer.top)
+        computed.update(layer.top)
 
 
 def _check_python(layer: Any) -> None:

@@ -149,10 +149,10 @@ def _open_fed(definition: Any, images: Images, batch_size: Optional[int], batche
     image = Input(image.blob, tuple(shapes.get(image.blob, image.shape)))
     fixed = fixed_batch(layers)
     if fixed is not None and batch_size:
-        own = image_layers(definition, 0, size)[1]
-        assert own is not None
-        batches = -(-batches * batch_size // own.shape[0])
-        image = own
+        fixed_image = image_layers(definition, 0, size)[1]
+        assert fixed_image is not None
+        batches = -(-batches * batch_size // fixed_image.shape[0])
+        image = fixed_image
         log.info("layer '%s' writes out the number of images in a batch: it stays %d", fixed,
                  image.shape[0])
     if isinstance(images, np.ndarray):
@@ -203,10 +203,10 @@ def _open_self_fed(definition: Any, batches: int, net: Any) -> Session:
         raise ValueError("the net has no data layer of its own: give it images")
     held = read_batches(net, names, batches + 1)
     read = {bottom for layer in layers for bottom in layer.bottom}
-    made = {top for layer in layers if not layer.bottom and not is_source(layer)
+    computed = {top for layer in layers if not layer.bottom and not is_source(layer)
             for top in layer.top}
     inputs = [Input(name, tuple(net.blobs[name].shape)) for name in held.names
-              if name in read - made]
+              if name in read - computed]
     return Session(definition, inputs, held.only([blob for blob, _ in inputs]), batches, False)
 
 
@@ -290,7 +290,7 @@ def rescale_exactly(session: Session, rng: np.random.Generator, options: Options
     numbers = session.rate_batches()[-between.LAST_BATCHES:]
     rates = measure(session.working, session.batches, numbers, rng, literal=options.literal)
     graph = ScaleGraph(session.working)
-    solution = between.solve(graph, rates, [one.layer.name for one in graph.affine])
+    solution = between.solve(graph, rates, [scaled.layer.name for scaled in graph.affine])
     if from_scratch and not solution.auxiliary:
         return Calibration(rates, rates, {})
     expected = _outputs(session)

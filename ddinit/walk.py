@@ -135,19 +135,19 @@ def segments(working: WorkingNet, stop_types: Sequence[str]) -> List[Segment]:
         runs[-1].append(layer)
     reads = []
     for run in runs:
-        made: List[str] = []
+        computed: List[str] = []
         needed: List[str] = []
         for layer in run:
-            needed += [blob for blob in layer.bottoms if blob not in made]
-            made += layer.tops
+            needed += [blob for blob in layer.bottoms if blob not in computed]
+            computed += layer.tops
         reads.append(list(dict.fromkeys(needed)))
     cut = []
     for number, run in enumerate(runs):
         later = {blob for read in reads[number + 1:] for blob in read}
-        made = list(dict.fromkeys(top for layer in run for top in layer.tops))
+        computed = list(dict.fromkeys(top for layer in run for top in layer.tops))
         cut.append(Segment(run[0].position, run[-1].position,
                            run[0] if stops(run[0], stop_types) else None, reads[number],
-                           [blob for blob in made if blob in later],
+                           [blob for blob in computed if blob in later],
                            [blob for blob in reads[number] if blob not in later]))
     return cut
 

@@ -55,8 +55,8 @@ def set_filters(stop: Stop, working: WorkingNet, shape: Geometry, kind: str, cou
             part.append(sample_patches(bottom[:, group * depth:(group + 1) * depth], share, rng,
                                        shape))
     for group, part in zip(filters, parts):
-        made = SCHEMES[kind](np.concatenate(part).reshape(wanted, -1), len(group), rng)
-        group[...] = made.reshape(group.shape)
+        drawn = SCHEMES[kind](np.concatenate(part).reshape(wanted, -1), len(group), rng)
+        group[...] = drawn.reshape(group.shape)
 
 
 def patch_count(dimension: int, filters: int, groups: int) -> int:

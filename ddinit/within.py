@@ -54,16 +54,16 @@ def initialize_layers(working: WorkingNet, batches: Any, count: int, plan: Plan,
     Raises ValueError naming a layer whose output is not finite.
     """
     store = BlobStore(limit_bytes)
-    made = ""
+    origin = ""
     done = []
     for stop in walk(working, store, count, STOPS, batches.load):  # for each affine layer k
         layer = stop.layer
         sharer = working.shared_with(layer) if is_affine(layer) else None
         fresh = layer.name in plan.fresh and sharer is None
         if stop.statistics is None:
-            made = "shares " + sharer if sharer else "loaded"
+            origin = "shares " + sharer if sharer else "loaded"
             if fresh:
-                made = set_parameters(stop, working, count, plan, rng)  # W_k ~ N(0, I), b_k = 0
+                origin = set_parameters(stop, working, count, plan, rng)  # W_k ~ N(0, I), b_k = 0
             continue
         constant = 0                         # z_0 has passed through the first k layers
         if fresh and plan.within and is_affine(layer):
@@ -71,7 +71,7 @@ def initialize_layers(working: WorkingNet, batches: Any, count: int, plan: Plan,
         step()
         if is_affine(layer):
             _check_output(layer, stop.statistics, constant)
-            done.append(Initialized(layer.name, made, constant))
+            done.append(Initialized(layer.name, origin, constant))
     return done, store.spooled_bytes
 
 

@@ -179,9 +179,9 @@ def trial(study: Study, row: Row, rate: float, seed: int) -> Dict[str, Any]:
     folder = os.path.join(study.out, "trials", row.name, row.column, "lr%g" % rate,
                           "seed%d" % seed)
     images = os.path.join(study.out, "data")
-    last = [] if row.keep_last else ["--last-std", settings["last_std"]]
+    fresh = [] if row.keep_last else ["--last-std", settings["last_std"]]
     outcome = runs.trained(study.runner, folder, runs.script(
-        "train_imagenet.py", definition, weights, folder, *last,
+        "train_imagenet.py", definition, weights, folder, *fresh,
         "--train", os.path.join(images, "train.npz"),
         "--val", os.path.join(images, "validation.npz"),
         "--test", os.path.join(images, "test.npz"), "--classes", study.classes,
