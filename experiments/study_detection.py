@@ -29,7 +29,7 @@ from voc.folders import Voc
 NET = os.path.join(os.path.dirname(runs.EXPERIMENTS), "models", "caffenet_small",
                    "deploy.prototxt")
 METHODS = {"reference": "Gaussian, as in CaffeNet", "ours-kmeans": "ours, k-means, both scalings"}
-IMAGES = 160  # that the net is initialized from
+IMAGES = 160  # that the net is initialized from, or all where there are fewer to train on
 SCALES, TEST_SCALE, MAX_SIZE = (240, 300, 360), 300, 600  # of images, in pixels
 SEARCH = ["--search-side", "400", "--search-k", "50"]  # a smaller k than usual: objects are small
 BACKGROUND_OVERLAP = 0.0  # most proposals overlap no object, because objects are small
@@ -86,9 +86,10 @@ def trial(runner: trials.Runner, method: str, rate: float, seed: int, voc: str,
     name = os.path.join(method, "lr%g" % rate, "seed%d" % seed)
     definition, weights = NET, "none"
     if method != "reference":
+        images = min(IMAGES, len(Voc(voc).images("trainval")))
         definition, weights = runs.initialized(
             runner, os.path.join(arguments.out, "start", name), NET, "--method", method, "--voc",
-            voc, "--images", IMAGES, "--seed", seed)
+            voc, "--images", images, "--seed", seed)
     data = ["--voc", voc, "--max-size", MAX_SIZE, *SEARCH, "--cache", arguments.cache, "--cpu"]
     folder = os.path.join(arguments.out, "trials", name)
     outcome = runs.trained(runner, folder, runs.script(
