@@ -204,7 +204,7 @@ def _open_self_fed(definition: Any, batches: int, net: Any) -> Session:
     held = read_batches(net, names, batches + 1)
     read = {bottom for layer in layers for bottom in layer.bottom}
     computed = {top for layer in layers if not layer.bottom and not is_source(layer)
-            for top in layer.top}
+                for top in layer.top}
     inputs = [Input(name, tuple(net.blobs[name].shape)) for name in held.names
               if name in read - computed]
     return Session(definition, inputs, held.only([blob for blob, _ in inputs]), batches, False)
