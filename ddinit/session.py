@@ -39,6 +39,8 @@ Images = Union[str, Sequence[str], np.ndarray]
 MEAN = (104.0, 117.0, 123.0)
 # A rescaled net's outputs may differ by this part of their std.
 TOLERANCE = 1e-3
+# The rates of a net that is rescaled are measured on so many images, of the last batches.
+RESCALING_IMAGES = 64
 # Rates of a net from scratch further apart are worth a changed definition, or a warning.
 APART = 1.5
 
@@ -287,8 +289,9 @@ def rescale_exactly(session: Session, rng: np.random.Generator, options: Options
     in a net of the changed definition where it has to change.  The session goes on with that.  A
     net from scratch stays as it is if it needs no auxiliary Power layer.
     """
-    numbers = session.rate_batches()[-between.LAST_BATCHES:]
-    rates = measure(session.working, session.batches, numbers, rng, literal=options.literal)
+    wanted = -(-RESCALING_IMAGES // session.batches.size)
+    rates = measure(session.working, session.batches, session.rate_batches()[-wanted:], rng,
+                    literal=options.literal)
     graph = ScaleGraph(session.working)
     solution = between.solve(graph, rates, [scaled.layer.name for scaled in graph.affine])
     if from_scratch and not solution.auxiliary:
