@@ -150,7 +150,7 @@ class WorkingNet:
     def shared_with(self, layer: Layer) -> Optional[str]:
         """Return the first layer with the same weights (`param { name }`), None for that itself."""
         weights = address(layer.blobs[0])
-        owner = next(layer for layer in self.affine if address(layer.blobs[0]) == weights)
+        owner = next(affine for affine in self.affine if address(affine.blobs[0]) == weights)
         return None if owner is layer else owner.name
 
     def in_channels(self, layer: Layer) -> int:
